@@ -1,0 +1,494 @@
+"""Which stage feeds which, what is up to date and what is not, and making what is missing.
+
+A stage is named as "module:function" and imported when it runs, so that `llmctl status` loads no torch. `version`
+belongs to
+the data a stage writes: a new llmctl that writes something else counts it up, and what the old one wrote is stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl import console, recipe
+from llmctl.artifact import MANIFEST, Artifact, Job, Run, Settings, write_json
+from llmctl.errors import DataError, GateError, RecipeError, TimeUp, UsageError
+from llmctl.recipe import Recipe
+from llmctl.text import sources
+
+if TYPE_CHECKING:
+    from llmctl.device import Device
+
+EXPENSIVE = 600.0  # seconds: a stale artifact that cost more is only made again with --rebuild
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as the chain knows it."""
+
+    name: str
+    function: str
+    version: int
+    kind: str
+    sections: tuple[str, ...]
+    resumes: bool = False  # keeps state in .work and goes on from it
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("prep", "llmctl.prep.stage:prep", 1, "tokens", ("prep",)),
+        Stage("import", "llmctl.model.importing:import_model", 1, "model", ()),
+        Stage("pretrain", "llmctl.pretrain.stage:pretrain", 1, "model", ("model", "pretrain"), resumes=True),
+        Stage("finetune", "llmctl.finetune.stage:finetune", 1, "model", ("finetune",), resumes=True),
+        Stage("eval", "llmctl.eval.stage:evaluate", 1, "evaluation", ("eval",)),
+        Stage("export", "llmctl.export.stage:export", 1, "export", ("export",)),
+    )
+}
+VARIANTS = {"onnx": "onnx-ort", "hf": "hf"}  # [export] formats -> the folder
+MODEL_PLACES = ("finetune", "pretrain", "import")  # the last model first
+
+
+@dataclass(frozen=True)
+class Step:
+    """One artifact of a run that a recipe asks for."""
+
+    stage: Stage
+    place: str
+    inputs: Mapping[str, str]  # role -> place
+    format: str = ""  # of an export
+
+
+@dataclass(frozen=True)
+class Options:
+    """What this call asked for, beside the recipe."""
+
+    device: str = "auto"
+    rebuild: bool = False
+    upstream: bool = True
+    dry_run: bool = False
+    wait_lock: bool = False
+    deadline: float | None = None
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class State:
+    """How a step stands."""
+
+    word: str  # up to date, stale, missing, unverifiable, unfinished
+    reasons: tuple[str, ...] = ()
+    artifact: Artifact | None = None
+    settings: Settings | None = None  # None where an input has to be made first
+    index: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> bool:
+        return self.word in ("up to date", "unverifiable")
+
+
+# --------------------------------------------------------------------------------------------- what a recipe asks for
+
+
+def steps(made: Recipe, run: Run) -> list[Step]:
+    """The steps of a recipe, in order."""
+    found: list[Step] = []
+    model = ""
+    if made.prep is not None:
+        found.append(Step(STAGES["prep"], "prep", {}))
+    if made.model is not None and made.model.source:
+        model = "import"
+        found.append(Step(STAGES["import"], model, {}))
+    elif (run.path / "import" / MANIFEST).exists() and made.pretrain is None:
+        model = "import"
+    for name in ("pretrain", "finetune"):
+        if getattr(made, name) is None:
+            continue
+        inputs = ({"data": "prep"} if name == "pretrain" else {}) | ({"model": model} if model else {})
+        if name == "finetune" and not model:
+            raise RecipeError(
+                "[finetune] has no model to start from",
+                file=made.file,
+                hint='add [pretrain], or [model] with from = "PATH"',
+            )
+        found.append(Step(STAGES[name], name, inputs))
+        model = name
+    if model:
+        found += [eval_step(made, model)] if made.eval is not None else []
+        found += export_steps(made, model) if made.export is not None else []
+    return found
+
+
+def upstream(every: list[Step], place: str) -> list[Step]:
+    """The steps that `place` needs, and itself, in order."""
+    needed = {place}
+    for step in reversed(every):
+        if step.place in needed:
+            needed |= set(step.inputs.values())
+    return [step for step in every if step.place in needed]
+
+
+def eval_step(made: Recipe, subject: str) -> Step:
+    """The evaluation of the artifact at `subject`, beside the model a finetune started from."""
+    inputs = {"model": subject}
+    if subject == "finetune":
+        inputs["before"] = "import" if made.pretrain is None else "pretrain"
+    if made.prep is not None:
+        inputs["data"] = "prep"
+    return Step(STAGES["eval"], f"eval/{subject.removeprefix('export/').replace('/', '.')}", inputs)
+
+
+def export_steps(made: Recipe, subject: str) -> list[Step]:
+    """One step a format."""
+    formats = made.section("export").formats
+    return [
+        Step(STAGES["export"], f"export/{subject}/{VARIANTS[name]}", {"model": subject}, format=name)
+        for name in formats
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ how it stands
+
+
+def states(made: Recipe, run: Run, wanted: list[Step] | None = None) -> dict[str, tuple[Step, State]]:
+    """Every step and how it stands, in order, by place."""
+    found: dict[str, tuple[Step, State]] = {}
+    for step in wanted if wanted is not None else steps(made, run):
+        found[step.place] = (step, _state(made, run, step, {place: state for place, (_, state) in found.items()}))
+    return found
+
+
+def _state(made: Recipe, run: Run, step: Step, upstream: Mapping[str, State]) -> State:
+    try:
+        artifact = run.artifact(step.place)
+    except DataError as damage:
+        return State("stale", (str(damage),), None, *_settings(made, run, step, upstream, None)[:2])
+    settings, index, absent = _settings(made, run, step, upstream, artifact)
+    if artifact is None:
+        started = _read_json(run.work(step.place) / "settings.json") if step.stage.resumes else None
+        return State("unfinished" if started else "missing", (), None, settings, index)
+    if settings is None:
+        return State("stale", ("its input is not up to date",), artifact, None, index)
+    reasons = difference(artifact.manifest, settings, index, _index(run, step.place))
+    if reasons:
+        started = _read_json(run.work(step.place) / "settings.json") if step.stage.resumes else None
+        return State("unfinished" if started else "stale", tuple(reasons), artifact, settings, index)
+    if absent:
+        return State("unverifiable", (f"not here: {', '.join(absent)}",), artifact, settings, index)
+    return State("up to date", (), artifact, settings, index)
+
+
+def _settings(
+    made: Recipe, run: Run, step: Step, upstream: Mapping[str, State], artifact: Artifact | None
+) -> tuple[Settings | None, dict[str, Any], list[str]]:
+    """What a step would be made from now, the index of its sources, and the sources that are absent."""
+    inputs = {}
+    for role, place in step.inputs.items():
+        state = upstream.get(place)
+        source = (
+            state.artifact if state is not None and state.usable else run.artifact(place) if state is None else None
+        )
+        if source is None:
+            return None, {}, []
+        inputs[role] = source.identity
+    sections = {name: made.section(name).declared() for name in step.stage.sections}
+    if step.format:
+        sections["export"] = {**sections["export"], "formats": [step.format]}
+    files, index, absent = _scan(made, run, step, artifact)
+    settings = Settings(step.stage.kind, step.stage.name, step.stage.version, made.seed, sections, inputs, files)
+    return settings, index, absent
+
+
+def source_names(made: Recipe, step: Step) -> list[str]:
+    """The texts that a step reads from outside the run."""
+    names: dict[str, tuple[str, ...]] = {
+        "prep": (*made.prep.sources, *filter(None, [made.prep.tokenizer.source])) if made.prep else (),
+        "import": (made.model.source,) if made.model else (),
+        "finetune": made.finetune.sources if made.finetune else (),
+        "export": tuple(filter(None, [made.section("export").text])),
+    }
+    evaluation = made.section("eval")
+    chats = evaluation.conversations or (made.finetune.sources if made.finetune else ())
+    names["eval"] = (*evaluation.text, *evaluation.tasks, *chats)
+    return list(dict.fromkeys(names.get(step.stage.name, ())))
+
+
+def _scan(
+    made: Recipe, run: Run, step: Step, artifact: Artifact | None
+) -> tuple[dict[str, dict[str, str]], dict[str, Any], list[str]]:
+    """Digests of the sources' files: hashed again only where size, time or inode differ from the last time, as git
+    does.
+
+    A source that is absent counts as what the artifact says it was.
+    """
+    known, files, index, absent = _index(run, step.place), {}, {}, []
+    for name in source_names(made, step):
+        try:
+            found = sources.scan(
+                name, made.root, {path: sources.SourceFile(path, *entry) for path, entry in known.get(name, {}).items()}
+            )
+        except DataError:
+            if artifact is None or name not in artifact.manifest["sources"] or (made.root / name).exists():
+                raise
+            absent.append(name)
+            continue
+        files[name] = {file.path: file.sha256 for file in found}
+        index[name] = {file.path: [file.bytes, file.mtime_ns, file.inode, file.sha256] for file in found}
+    return files, index, absent
+
+
+def _index(run: Run, place: str) -> dict[str, Any]:
+    return _read_json(run.path / ".work" / f"sources-{place.replace('/', '.')}.json") or {}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def difference(
+    before: Mapping[str, Any], now: Settings, index: Mapping[str, Any], old_index: Mapping[str, Any]
+) -> list[str]:
+    """Why `before` (a manifest, or the settings of an unfinished training) is not what `now` asks for: a line a
+    reason.
+    """
+    after = now.as_json()
+    reasons = []
+    if before["version"] != after["version"]:
+        reasons.append(f"llmctl writes other {now.kind} now (version {before['version']} -> {after['version']})")
+    if before["seed"] != after["seed"]:
+        reasons.append(f"seed {before['seed']} -> {after['seed']}")
+    for name in after["sections"]:
+        reasons += _changed(f"[{name}]", before["sections"].get(name, {}), after["sections"][name])
+    inputs = (
+        before["inputs"]
+        if isinstance(before["inputs"], dict)
+        else {entry["role"]: entry["identity"] for entry in before["inputs"]}
+    )
+    for role in sorted({*inputs, *now.inputs}):
+        if inputs.get(role) != now.inputs.get(role):
+            reasons.append(f"its {role} {inputs.get(role, 'none')[:8]} -> {now.inputs.get(role, 'none')[:8]}")
+    for name, files in now.sources.items():
+        entry = before["sources"].get(name)
+        old = entry["sha256"] if isinstance(entry, dict) else entry
+        if old is not None and old != after["sources"][name]:
+            reasons.append(f"{name} changed{_which(old_index.get(name, {}), files)}")
+    return reasons
+
+
+def _changed(where: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changed(f"{where[:-1]}.{key}]", old, new)
+        elif old != new:
+            yield f"{where} {key} {_shown(old)} -> {_shown(new)}"
+
+
+def _shown(value: Any) -> str:
+    return (
+        "default"
+        if value is None
+        else value
+        if isinstance(value, str) and value
+        else json.dumps(value, ensure_ascii=False)
+    )
+
+
+def _which(before: Mapping[str, Any], now: Mapping[str, str]) -> str:
+    if not before:
+        return ""
+    changed = [path for path, sha in now.items() if path not in before or before[path][3] != sha]
+    changed += [path for path in before if path not in now]
+    names = ", ".join(Path(path).name for path in changed[:3])
+    return f" ({names}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''})" if changed and names else ""
+
+
+# ------------------------------------------------------------------------------------------------------------- making
+
+
+def make(made: Recipe, run: Run, goal: list[Step], options: Options) -> list[tuple[Step, Artifact, bool]]:
+    """Makes the steps of `goal` that are not up to date, in order: (step, artifact, whether it was made now).
+
+    Raises:
+        UsageError: an upstream or an expensive remake that was not allowed, an unfinished training with other settings.
+        GateError: a metric that `[eval.require]` asks for was missed.
+    """
+    from llmctl import device
+
+    with contextlib.ExitStack() as held:
+        if not options.dry_run:
+            held.enter_context(run.lock(options.wait_lock))
+        chosen = device.pick(options.device)
+        done: list[tuple[Step, Artifact, bool]] = []
+        before: dict[str, State] = {}
+        for step in goal:
+            if options.deadline is not None and time.monotonic() >= options.deadline:
+                raise TimeUp(f"--max-time is over before {step.place}", hint="the same command again goes on from here")
+            state = _state(made, run, step, before)
+            remake = not state.usable or (options.rebuild and step is goal[-1] and len(goal) == 1)
+            if options.dry_run:
+                _announce(step, state, remake)
+            elif remake:
+                artifact = _run_step(made, run, step, state, chosen, options)
+                state = State("up to date", (), artifact, state.settings)
+                done.append((step, artifact, True))
+            else:
+                assert state.artifact is not None
+                _sweep(run, step)
+                done.append((step, state.artifact, False))
+            if step.stage.name == "eval" and state.artifact is not None and not options.dry_run:
+                gate(made, state.artifact)
+            before[step.place] = state
+        return done
+
+
+def _announce(step: Step, state: State, remake: bool) -> None:
+    why = f": {'; '.join(state.reasons)}" if state.reasons else ""
+    console.say(f" {step.place:<24} {'would be made' if remake else 'would be kept'} ({state.word}{why})")
+
+
+def _run_step(made: Recipe, run: Run, step: Step, state: State, chosen: Device, options: Options) -> Artifact:
+    _allow(made, run, step, state, options)
+    if state.settings is None:
+        missing = next(place for place in step.inputs.values() if run.artifact(place) is None)
+        raise UsageError(
+            f"{step.place} needs {missing}, which is not there", hint=f"llmctl {missing.split('/')[0]} makes it"
+        )
+    inputs = {role: _input(run, place) for role, place in step.inputs.items()}
+    job = Job(made, run, step.place, state.settings, inputs, chosen, state.index, options.deadline)
+    write_resolved(made, run, options)
+    if step.stage.resumes:
+        start = {**state.settings.as_json(), "index": state.index}
+        write_json(job.work / "settings.json", start)
+    module, _, function = step.stage.function.partition(":")
+    console.event("stage_started", stage=step.stage.name, place=step.place)
+    with console.log_to(run.path / "logs" / f"{step.stage.name}.log"):
+        artifact: Artifact = getattr(importlib.import_module(module), function)(job)
+    console.event(
+        "stage_finished",
+        stage=step.stage.name,
+        place=step.place,
+        identity=artifact.identity,
+        metrics=dict(artifact.metrics),
+    )
+    point_current(run)
+    return artifact
+
+
+def _input(run: Run, place: str) -> Artifact:
+    artifact = run.artifact(place)
+    if artifact is None:
+        raise UsageError(f"{place} is not there", hint=f"llmctl {place.split('/')[0]} makes it")
+    artifact.verify()  # a flipped bit must not train a model
+    return artifact
+
+
+def _allow(made: Recipe, run: Run, step: Step, state: State, options: Options) -> None:
+    """Whether a step may be (re)made; says what will happen and why."""
+    work = run.work(step.place)
+    started = _read_json(work / "settings.json") if step.stage.resumes else None
+    if state.artifact is not None and state.word == "stale" and not started:
+        console.say(f"{step.place} is stale: {'; '.join(state.reasons)}")
+        cost = float(state.artifact.manifest["times"]["seconds"])
+        if cost > EXPENSIVE and not options.rebuild:
+            raise UsageError(
+                f"{step.place} is stale and took {console.duration(cost)} to make",
+                file=run.path / step.place,
+                hint="add --rebuild to make it again",
+            )
+    if started is None:
+        return
+    if options.rebuild or state.settings is None:
+        console.note(f"starting {step.place} over; its unfinished work is dropped")
+        shutil.rmtree(work)
+        return
+    reasons = difference(started, state.settings, state.index, started.get("index", {}))
+    if reasons:
+        lines = "\n".join(f"   {reason}" for reason in reasons)
+        raise UsageError(
+            f"the unfinished {step.place} in {run.path} was started with other settings:\n{lines}\nNothing was "
+            f"touched.",
+            file=made.file.name,
+            hint=f"go on as it was: llmctl {step.stage.name} {run.path} · start over: add --rebuild · train "
+            f"beside it: change `name`",
+        )
+
+
+def _sweep(run: Run, step: Step) -> None:
+    """Drops what a process that was killed between publishing and tidying up left."""
+    if run.work(step.place).exists():
+        shutil.rmtree(run.work(step.place))
+
+
+def write_resolved(made: Recipe, run: Run, options: Options) -> None:
+    """Keeps the recipe as it was resolved beside what it makes."""
+    origin = made.origin
+    if origin is not None and origin.recipe:  # the recipe of the run itself: its own origin stays
+        made = made.model_copy(update={"file": Path(origin.recipe)})
+    text = recipe.resolved(made, [*(origin.overrides if origin else ()), *options.overrides])
+    path = run.path / "recipe.resolved.toml"
+    temporary = path.with_name(".recipe.resolved.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def point_current(run: Run) -> None:
+    """Lets `runs/current` name this run: what a command without a target means."""
+    if run.path.parent.name != "runs":
+        return
+    link, temporary = run.path.parent / "current", run.path.parent / ".current.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(run.path.name)
+    temporary.replace(link)
+
+
+def gate(made: Recipe, artifact: Artifact) -> None:
+    """Holds an evaluation against `[eval.require]`."""
+    missed = []
+    for metric, rule in made.section("eval").require.items():
+        bound = rule.strip().lstrip("<>=")
+        value = artifact.metrics.get(metric)
+        if not isinstance(value, (int, float)):
+            known = ", ".join(sorted(key for key, found in artifact.metrics.items() if isinstance(found, (int, float))))
+            raise RecipeError(
+                f"[eval.require] {metric}: the evaluation has no such metric", file=made.file, hint=f"it has: {known}"
+            )
+        comparison = rule.strip()[: len(rule.strip()) - len(bound)]
+        passed = {
+            "<": value < float(bound),
+            "<=": value <= float(bound),
+            ">": value > float(bound),
+            ">=": value >= float(bound),
+        }[comparison]
+        if not passed:
+            missed.append(f"{metric} is {value:.4g}, required {rule.strip()}")
+    if missed:
+        raise GateError(
+            "; ".join(missed), file=artifact.path, hint="the evaluation is published; the gate stands in [eval.require]"
+        )
+
+
+def verify(run: Run) -> Iterator[tuple[str, DataError | None]]:
+    """Hashes every artifact of a run again: (place, what is wrong or None)."""
+    for manifest in sorted(
+        [*run.path.glob("*/" + MANIFEST), *run.path.glob("*/*/" + MANIFEST), *run.path.glob("*/*/*/" + MANIFEST)]
+    ):
+        place = manifest.parent.relative_to(run.path).as_posix()
+        if place.startswith((".old-", ".staging-")) or "/." in place:
+            continue
+        try:
+            Artifact.open(manifest.parent).verify()
+            yield place, None
+        except DataError as damage:
+            yield place, damage

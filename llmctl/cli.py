@@ -1,0 +1,490 @@
+"""The command line: one short function a command. Nothing heavy is imported until a command runs (a test guards it)."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import llmctl
+from llmctl import console
+from llmctl.errors import BUG, Interrupted, LlmctlError, UsageError
+
+if TYPE_CHECKING:
+    from llmctl.artifact import Artifact
+    from llmctl.chain import Options, Step
+    from llmctl.target import Target
+
+STAGES, AROUND = "Stages", "Around them"
+
+app = typer.Typer(
+    name="llmctl",
+    help="Raw text to a served language model: prep, pretrain, finetune, eval, export, serve, chained by "
+    "artifacts on disk.",
+    epilog="Start here:  llmctl init FOLDER   then   llmctl run FOLDER.toml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The flags that mean the same with every command."""
+
+    set_: list[str]
+    run_dir: Path | None
+    device: str
+    dry_run: bool
+    rebuild: bool
+    upstream: bool
+    wait_lock: bool
+    max_time: str
+    json: bool
+    events: Path | None
+    verbose: bool
+    quiet: bool
+
+    def target(self, name: str | None, *aliases: str) -> Target:
+        """What the target names, said before anything else. `aliases` are flags of this command, as the key they
+        stand for.
+        """
+        from llmctl import target
+
+        found = target.resolve(name, run_dir=self.run_dir, overrides=(*aliases, *self.set_))
+        console.debug(found.said) if name is not None and name.endswith(".toml") else console.say(
+            found.said, style="dim"
+        )
+        return found
+
+    def options(self, *aliases: str) -> Options:
+        """The flags as the chain takes them."""
+        from llmctl.chain import Options
+
+        deadline = time.monotonic() + _seconds(self.max_time) if self.max_time else None
+        overrides = (*aliases, *self.set_)
+        return Options(self.device, self.rebuild, self.upstream, self.dry_run, self.wait_lock, deadline, overrides)
+
+
+Target_ = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[TARGET]", help="A recipe (.toml), a run or an artifact; default: the current run.", show_default=False
+    ),
+]
+
+
+def _option(kind: Any, default: Any, help_: str, *names: str, **more: Any) -> tuple[Any, Any]:
+    return Annotated[kind, typer.Option(*names, help=help_, **more)], default
+
+
+_COMMON: dict[str, tuple[Any, Any]] = {
+    "set_": _option(list[str] | None, None, "Override a key of the recipe (repeatable).", "--set", metavar="KEY=VALUE"),
+    "run_dir": _option(Path | None, None, "The run's folder, instead of runs/<name>.", "--run-dir", show_default=False),
+    "device": _option(str, "auto", "auto, cpu or cuda.", "--device"),
+    "dry_run": _option(bool, False, "Say what would be done, and why; do nothing.", "--dry-run"),
+    "rebuild": _option(bool, False, "Make it again, dropping what is unfinished.", "--rebuild"),
+    "no_upstream": _option(bool, False, "Refuse to run missing stages before this one.", "--no-upstream"),
+    "wait_lock": _option(bool, False, "Wait for a run that another process holds.", "--wait-lock"),
+    "max_time": _option(str, "", "Stop, with the state saved, after e.g. 30m.", "--max-time", metavar="TIME"),
+    "json": _option(bool, False, "One JSON document on stdout; the rest to stderr.", "--json"),
+    "events": _option(Path | None, None, "JSON lines as it happens.", "--events", metavar="FILE", show_default=False),
+    "verbose": _option(bool, False, "More, and tracebacks.", "--verbose", "-v"),
+    "quiet": _option(bool, False, "Warnings and errors only.", "--quiet", "-q"),
+}
+
+
+def command(panel: str, *, name: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Registers a command whose function takes a `Call` first; the common flags are added to its signature."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., None]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        common = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for key, (kind, default) in _COMMON.items()
+        ]
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            flags = {key: given.pop(key) for key in _COMMON}
+            call = Call(upstream=not flags.pop("no_upstream"), **{**flags, "set_": flags["set_"] or []})
+            raise typer.Exit(_guarded(functools.partial(function, call, **given), call))
+
+        run.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *common]}
+        return app.command(name, rich_help_panel=panel)(run)
+
+    return register
+
+
+def _guarded(work: Callable[[], dict[str, Any] | int | None], call: Call) -> int:
+    """Runs a command's work; whatever happens becomes one message, one document and an exit code."""
+    try:
+        console.configure(json=call.json, quiet=call.quiet, verbose=call.verbose, events=call.events)
+        signal.signal(signal.SIGTERM, _terminate)
+        made = work()
+    except LlmctlError as problem:
+        return _failed(problem, call)
+    except KeyboardInterrupt:
+        return _failed(
+            Interrupted("interrupted; what was finished is kept", hint="the same command again goes on"), call
+        )
+    except MemoryError:
+        return _failed(
+            LlmctlError("out of memory", hint="a smaller model, batch or context; llmctl doctor shows the memory"), call
+        )
+    except Exception as bug:
+        return _failed(
+            LlmctlError(
+                f"{type(bug).__name__}: {bug}", hint="this is a bug in llmctl; -v shows where. Please report it."
+            ),
+            call,
+            bug,
+        )
+    if isinstance(made, int):
+        return made
+    if made is not None:
+        console.result({"ok": True, "error": None, **made})
+    console.close()
+    return 0
+
+
+def _failed(problem: LlmctlError, call: Call, bug: BaseException | None = None) -> int:
+    if call.verbose:
+        import traceback
+
+        traceback.print_exception(bug or problem)
+    console.error(problem)
+    error = {
+        "code": problem.code,
+        "message": problem.message,
+        "hint": problem.hint,
+        "file": problem.file,
+        "line": problem.line,
+    }
+    console.result({"ok": False, "error": error, "artifact": None, "identity": None, "metrics": {}})
+    console.close()
+    return problem.exit_code if bug is None else BUG
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Interrupted("terminated; what was finished is kept", hint="the same command again goes on", signum=signum)
+
+
+def _seconds(text: str) -> float:
+    units = {"s": 1, "m": 60, "h": 3600}
+    try:
+        return float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
+    except ValueError:
+        raise UsageError(f"--max-time {text}: expected a time", hint="for example 90s, 30m or 2h") from None
+
+
+def _document(artifact: Artifact | None, **more: Any) -> dict[str, Any]:
+    if artifact is None:
+        return {"artifact": None, "identity": None, "metrics": {}, **more}
+    return {"artifact": str(artifact.path), "identity": artifact.identity, "metrics": dict(artifact.metrics), **more}
+
+
+def _make(call: Call, target: Target, goal: list[Step], *aliases: str) -> dict[str, Any]:
+    """Makes `goal`, says what was up to date, and gives the JSON document."""
+    from llmctl import chain
+
+    done = chain.make(target.recipe, target.run, goal, call.options(*aliases))
+    for step, artifact, fresh in done:
+        if not fresh and step is goal[-1]:
+            console.say(f"{step.place} is up to date: {artifact.path} {artifact.short} (--rebuild makes it again)")
+    return _document(
+        done[-1][1] if done else None,
+        stages={step.place: {"identity": made.identity, "made": fresh} for step, made, fresh in done},
+    )
+
+
+def _train(call: Call, target: Target, name: str, *aliases: str) -> dict[str, Any]:
+    """A stage and what is missing before it."""
+    from llmctl import chain
+
+    every = chain.steps(target.recipe, target.run)
+    place = next((step.place for step in every if step.place == name), None)
+    if place is None:
+        raise UsageError(
+            f"{target.recipe.file} has no [{name}] section", hint=f"add one; its keys: llmctl init --keys {name}"
+        )
+    goal = chain.upstream(every, place)
+    if not call.upstream:
+        for step, state in chain.states(target.recipe, target.run, goal).values():
+            if step.place != place and not state.usable:
+                raise UsageError(
+                    f"{step.place} is {state.word}, and --no-upstream was given", hint=f"llmctl {step.stage.name} first"
+                )
+        goal = [step for step in goal if step.place == place]
+    return _make(call, target, goal, *aliases)
+
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+
+@command(STAGES)
+def prep(
+    call: Call,
+    target: Target_ = None,
+    preview: Annotated[int, typer.Option(metavar="N", help="Show N documents as they will be; write nothing.")] = 0,
+) -> dict[str, Any]:
+    """Clean, deduplicate and tokenise text."""
+    found = call.target(target)
+    if preview:
+        from llmctl.prep import stage
+
+        stage.preview(found.recipe, preview)
+        return _document(None)
+    return _train(call, found, "prep")
+
+
+@command(STAGES)
+def pretrain(call: Call, target: Target_ = None) -> dict[str, Any]:
+    """Train a model on the tokens of prep."""
+    return _train(call, call.target(target), "pretrain")
+
+
+@command(STAGES)
+def finetune(
+    call: Call,
+    target: Target_ = None,
+    method: Annotated[str, typer.Option(help="full or lora; alias of finetune.method.", show_default=False)] = "",
+) -> dict[str, Any]:
+    """Teach the model to chat."""
+    aliases = [f'finetune.method="{method}"'] * bool(method)
+    return _train(call, call.target(target, *aliases), "finetune", *aliases)
+
+
+@command(STAGES, name="eval")
+def evaluate(
+    call: Call,
+    target: Target_ = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The table in Markdown on stdout, for a CI summary.")
+    ] = False,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="EVALUATION",
+            help="An earlier evaluation: fail (exit 5) where this is significantly worse.",
+            show_default=False,
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """Measure the last model, beside the one it was made from."""
+    from llmctl import chain
+
+    found = call.target(target)
+    if markdown:
+        console.configure(json=False, quiet=call.quiet, verbose=call.verbose, events=call.events, to_stderr=True)
+    made = _make(call, found, [chain.eval_step(found.recipe, found.model().place)])
+    if made["artifact"] and (markdown or baseline is not None):
+        from llmctl.eval import compare
+
+        if markdown:
+            compare.markdown(Path(made["artifact"]))
+        if baseline is not None:
+            compare.against(Path(made["artifact"]), baseline)
+    return made
+
+
+@command(STAGES)
+def export(
+    call: Call,
+    target: Target_ = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help='An ONNX decoder with a KV cache; alias of export.formats = ["onnx"].')
+    ] = False,
+    hf: Annotated[
+        bool, typer.Option("--hf", help='The clean Hugging Face folder; alias of export.formats = ["hf"].')
+    ] = False,
+) -> dict[str, Any]:
+    """Bring the last model into the form another runtime takes, and prove that it is the same model."""
+    from llmctl import chain
+
+    wanted = [name for name, flag in (("onnx", onnx), ("hf", hf)) if flag]
+    aliases = [f"export.formats={wanted}".replace("'", '"')] * bool(wanted)
+    found = call.target(target, *aliases)
+    return _make(call, found, chain.export_steps(found.recipe, found.model().place), *aliases)
+
+
+@command(STAGES)
+def serve(
+    call: Call,
+    target: Target_ = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = "",
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.", show_default="8000")] = None,
+    api_key: Annotated[
+        str, typer.Option(envvar="LLMCTL_API_KEY", help="Clients must send it.", show_default=False)
+    ] = "",
+    served_model_name: Annotated[str, typer.Option(help="The name clients ask for.", show_default="the run's")] = "",
+    max_model_len: Annotated[
+        int, typer.Option(help="Cap on prompt and answer together.", show_default="the context")
+    ] = 0,
+    execute: Annotated[
+        str,
+        typer.Option(
+            "--exec", metavar="CMD", help="Run CMD against the server when it is ready, then stop; its exit code."
+        ),
+    ] = "",
+) -> int:
+    """Serve it over HTTP, as OpenAI's API does, with a chat page."""
+    from llmctl import device
+    from llmctl.serve import stage
+
+    found = call.target(target)
+    flags = {
+        "host": host,
+        "port": port,
+        "api_key": api_key,
+        "served_model_name": served_model_name,
+        "max_model_len": max_model_len,
+    }
+    given = {key: value for key, value in flags.items() if value not in ("", None) and (value or key == "port")}
+    settings = found.recipe.section("serve").model_copy(update=given)
+    return int(
+        stage.serve(found.runnable(), settings, device.pick(call.device), name=found.run.name, command=execute or None)
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- around them
+
+
+@command(AROUND)
+def run(call: Call, target: Target_ = None) -> dict[str, Any]:
+    """Everything from prep to export that is not up to date."""
+    from llmctl import status
+
+    return status.run(call.target(target), call.options())
+
+
+@command(AROUND)
+def status(
+    call: Call,
+    target: Target_ = None,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit 1 if anything is stale, missing or unfinished.")
+    ] = False,
+) -> dict[str, Any] | int:
+    """What there is, what is stale, and why."""
+    from llmctl import status as room
+
+    document, behind = room.show(call.target(target))
+    console.result({"ok": True, "error": None, **document})
+    return 1 if exit_code and behind else 0
+
+
+@command(AROUND)
+def verify(call: Call, target: Target_ = None) -> dict[str, Any]:
+    """Hash every file of the run again."""
+    from llmctl import status
+
+    return status.verify(call.target(target))
+
+
+@command(AROUND)
+def chat(
+    call: Call,
+    target: Target_ = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="One question; the answer alone goes to stdout.")] = "",
+    system: Annotated[str, typer.Option(help="A system message.")] = "",
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+) -> int:
+    """Talk to a model in the terminal."""
+    console.configure(json=False, quiet=call.quiet, verbose=call.verbose, events=call.events, to_stderr=True)
+    from llmctl import device
+    from llmctl.serve import chat as room
+
+    found = call.target(target)
+    return int(
+        room.chat(
+            found.runnable(),
+            device.pick(call.device),
+            prompt=prompt or None,
+            system=system,
+            temperature=temperature,
+            max_tokens=max_tokens,
+        )
+    )
+
+
+@command(AROUND)
+def init(
+    call: Call,
+    folder: Annotated[Path | None, typer.Argument(help="A folder or file of your text.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The recipe to write.", show_default="FOLDER's name + .toml")
+    ] = None,
+    keys: Annotated[str, typer.Option("--keys", metavar="SECTION", help="List the keys of a section instead.")] = "",
+    schema: Annotated[bool, typer.Option("--schema", help="Print the recipe's JSON Schema instead.")] = False,
+) -> dict[str, Any] | None:
+    """Look at a folder of text and write a recipe for it."""
+    from llmctl import init as room
+
+    if schema or keys:
+        from llmctl import recipe
+
+        if schema:
+            console.document(recipe.schema())
+        else:
+            console.columns([(key, kind, default, meaning) for key, kind, default, meaning in recipe.reference(keys)])
+        return None
+    if folder is None:
+        raise UsageError(
+            "which folder?", hint="llmctl init FOLDER · llmctl init --keys pretrain · llmctl init --schema"
+        )
+    path = room.init(folder, out, force=call.rebuild)
+    return {"artifact": str(path), "identity": None, "metrics": {}}
+
+
+@command(AROUND)
+def report(call: Call, target: Target_ = None) -> dict[str, Any]:
+    """One self-contained page about the run, to show a colleague."""
+    from llmctl import report as room
+
+    found = call.target(target)
+    path = room.write(found.run)
+    console.say(f"{path}")
+    return {"artifact": str(path), "identity": None, "metrics": {}}
+
+
+@command(AROUND)
+def doctor(call: Call) -> dict[str, Any]:
+    """What is installed, which devices there are, and what each would enable."""
+    from llmctl import doctor as room
+
+    found = room.doctor()
+    room.show(found)
+    return {"artifact": None, "identity": None, "metrics": {}, "doctor": found}
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        console.raw(f"llmctl {llmctl.__version__}\n")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The console script."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # say it, or tokenizers warns after a fork
+    try:
+        app()
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""`llmctl eval`: how good the last model is, beside the one it was made from and beside chance."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llmctl import console
+from llmctl.artifact import Artifact, Job, hash_file
+from llmctl.errors import DataError
+from llmctl.eval import compare
+from llmctl.inference import answers, generate, runners, scoring
+from llmctl.inference.runners import Runner, TorchRunner
+from llmctl.inference.sampling import Sampling
+from llmctl.model import hf
+from llmctl.model.transformer import Decoder
+from llmctl.recipe import EvalSection
+from llmctl.text import sources, tasks
+from llmctl.text.chat import ChatTemplate
+from llmctl.text.conversations import Conversation, conversations
+from llmctl.text.shards import Shards
+from llmctl.text.tasks import Question
+from llmctl.text.tokenizer import Tokenizer
+
+@dataclass
+class Column:
+    """One model's scores."""
+
+    name: str
+    weights: str  # SHA-256 of the weights that were scored
+    runner: Runner
+    metrics: dict[str, float] = field(default_factory=dict)
+    windows: list[float] = field(default_factory=list)  # nats of each piece of the validation text
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every column is scored on."""
+
+    ids: np.ndarray
+    bytes: int
+    chats: Sequence[Conversation]
+    questions: dict[str, list[Question]]
+
+
+def evaluate(job: Job) -> Artifact:
+    """Scores the subject, the model before it and the untrained one; publishes results.json."""
+    section, subject = job.recipe.section("eval"), job.inputs["model"]
+    tokenizer = Tokenizer.load(subject.path)
+    template = ChatTemplate.load(subject.path)
+    material = _material(job, section, tokenizer)
+    console.stage("eval", f"{subject.place} {subject.short} · weights {_weights(subject)[:8]}")
+    columns = _columns(job, subject)
+    for column in columns:
+        _score_text(column, material)
+        _score_chats(column, material, tokenizer, template, section)
+        for name, questions in material.questions.items():
+            _score_questions(column, name, questions, tokenizer, section)
+    _warn_of_twins(columns)
+    last = columns[-1]
+    console.table("", *compare.table([(column.name, column.metrics) for column in columns]))
+    with job.publishing() as staging:
+        rows = [{"name": column.name, "weights": column.weights, "metrics": column.metrics} for column in columns]
+        results = {"columns": rows, "windows": last.windows, "examples": len(material.chats)}
+        (staging.path / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        samples = [json.dumps(sample, ensure_ascii=False) + "\n" for column in columns for sample in column.samples]
+        (staging.path / "samples.jsonl").write_text("".join(samples), encoding="utf-8")
+        before = {f"{name}_before": value for name, value in columns[-2].metrics.items()} if len(columns) > 2 else {}
+        return staging.seal({**last.metrics, **before, "weights_sha256": last.weights})
+
+
+def _columns(job: Job, subject: Artifact) -> list[Column]:
+    """The untrained model of the same shape, the model before, and the subject."""
+    found = []
+    if subject.kind == "model":
+        untrained = Decoder.random(hf.read_config(subject.path), job.recipe.seed).to(job.device.torch)
+        found.append(Column("untrained", "", TorchRunner.of(untrained)))
+    for artifact in (job.inputs.get("before"), subject):
+        if artifact is not None:
+            found.append(Column(artifact.place, _weights(artifact), runners.load(artifact.path, job.device)))
+    return found
+
+
+def _weights(artifact: Artifact) -> str:
+    """The digest of the weights: of an export, of the data file they lie in."""
+    for name in ("model.safetensors", "model.onnx.data", "model.onnx"):
+        if name in artifact.manifest["files"]:
+            return str(artifact.manifest["files"][name]["sha256"])
+    return hash_file(artifact.path / "artifact.json")
+
+
+def _material(job: Job, section: EvalSection, tokenizer: Tokenizer) -> Material:
+    data, root = job.inputs.get("data"), job.recipe.root
+    if section.text:
+        tally = sources.Tally()
+        texts = [
+            found.text
+            for spec in section.text
+            for found in sources.documents(spec, root, text_key="", on_error="stop", tally=tally)
+        ]
+        ids = np.asarray([index for text in texts for index in tokenizer.prompt(text)], dtype=np.int64)
+        size = sum(len(text.encode()) for text in texts)
+    elif data is not None:
+        if Tokenizer.load(data.path).digest() != tokenizer.digest():
+            raise DataError(
+                "prep's tokens are not of this model's tokenizer",
+                file=data.path,
+                hint='set [eval] text = "..." to score a text instead',
+            )
+        val = Shards.open(data.path, "val")
+        ids, size = val[:], val.bytes
+    else:
+        ids, size = np.zeros(0, dtype=np.int64), 0
+    specs = section.conversations or (job.recipe.finetune.sources if job.recipe.finetune else ())
+    percent = job.recipe.finetune.val_percent if job.recipe.finetune else 100.0
+    chats = [
+        found
+        for spec in specs
+        for found in conversations(spec, root, on_error="skip")
+        if sources.is_held_out(found, percent)
+    ]
+    random.Random(job.recipe.seed).shuffle(chats)
+    questions = {tasks.name_of(spec): tasks.questions(spec, root) for spec in section.tasks}
+    if not len(ids) and not chats and not questions:
+        raise DataError("nothing to score on", hint="set [eval] text, tasks or conversations")
+    return Material(ids, size, chats[: section.max_examples], questions)
+
+
+def _score_text(column: Column, material: Material) -> None:
+    if not len(material.ids):
+        return
+    score = scoring.score(column.runner, material.ids, max_seq_length=column.runner.max_length, bytes_=material.bytes)
+    column.metrics |= {
+        "val_loss": score.loss,
+        "val_perplexity": score.perplexity,
+        "val_bits_per_byte": score.bits_per_byte,
+    }
+    column.windows = score.window_nats.tolist()
+
+
+def _score_chats(
+    column: Column, material: Material, tokenizer: Tokenizer, template: ChatTemplate | None, section: EvalSection
+) -> None:
+    if template is None or not material.chats:
+        return
+    score = answers.score(column.runner, tokenizer, template, material.chats)
+    asked = material.chats[: min(len(material.chats), 64)] if column.name == "untrained" else material.chats
+    said = answers.ask(column.runner, tokenizer, template, asked, section.max_new_tokens)
+    column.metrics |= {"answer_bits_per_byte": score.bits_per_byte, "answers_ended": answers.ended(said)}
+    for conversation, completion in zip(asked, said, strict=False):
+        column.samples.append(
+            {
+                "model": column.name,
+                "prompt": conversation.messages[-2]["content"],
+                "reference": conversation.messages[-1]["content"],
+                "answer": completion.text,
+                "finish_reason": completion.finish_reason,
+            }
+        )
+
+
+def _score_questions(
+    column: Column, name: str, questions: Sequence[Question], tokenizer: Tokenizer, section: EvalSection
+) -> None:
+    """Accuracy: of choices by their likelihood a byte, of exact answers by greedy decoding up to a newline."""
+    shown, asked = questions[: section.num_fewshot], questions[section.num_fewshot :][: section.max_examples]
+    examples = "".join(f"{question.prompt}\n{question.answer}\n\n" for question in shown)
+    correct = [_is_right(column.runner, question, examples, tokenizer, section) for question in asked]
+    accuracy = sum(correct) / max(1, len(correct))
+    column.metrics[f"{name}_accuracy"] = accuracy
+    column.metrics[f"{name}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / max(1, len(correct)))
+
+
+def _is_right(runner: Runner, question: Question, examples: str, tokenizer: Tokenizer, section: EvalSection) -> bool:
+    prompt = f"{examples}{question.prompt}\n" if question.prompt or examples else ""
+    context = tokenizer.prompt(prompt)
+    if not question.choices:
+        sampling = Sampling(temperature=0.0, max_tokens=section.max_new_tokens, stop=("\n",))
+        return generate.complete(runner, tokenizer, context, sampling).text.strip() == question.answer.strip()
+    scores = []
+    for choice in question.choices:
+        nats, _ = scoring.loglikelihood(runner, context, tokenizer.encode(choice))
+        scores.append(nats / max(1, len(choice.encode())) if question.prompt else nats)
+    return question.choices[int(np.argmax(scores))] == question.answer
+
+
+def _warn_of_twins(columns: Sequence[Column]) -> None:
+    """Two models with one score to the last digit are one model, or one of them was not loaded."""
+    for one, other in itertools.combinations(columns, 2):
+        same = one.metrics.get("val_loss") is not None and one.metrics.get("val_loss") == other.metrics.get("val_loss")
+        if same and one.weights != other.weights:
+            console.warn(
+                f"{one.name} and {other.name} have different weights and exactly the same loss: was one of them "
+                f"really loaded?"
+            )

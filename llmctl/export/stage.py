@@ -1,0 +1,147 @@
+"""`llmctl export`: the model in the form another runtime takes, published only if it still is the model."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from llmctl import console
+from llmctl.artifact import Artifact, Job
+from llmctl.errors import DataError
+from llmctl.export import genai, graph, hf, parity
+from llmctl.inference.onnx_runner import OnnxRunner
+from llmctl.model import hf as models
+from llmctl.text import sources
+from llmctl.text.shards import Shards
+from llmctl.text.tokenizer import Tokenizer
+
+BUILTIN = "builtin:python-stdlib"  # the text of the perplexity check where there is no other
+ENOUGH = parity.TEXT + 1  # tokens
+
+
+def export(job: Job) -> Artifact:
+    """Publishes `export/<subject>/<variant>`; the variant is the last part of the job's place.
+
+    Raises:
+        GateError: the exported graph differs from the model by more than parity.py allows.
+        DataError: the model holds something that the graph has no node for, or its weights do not fit its config.
+    """
+    return export_hf(job) if job.place.endswith("/hf") else export_onnx(job)
+
+
+def export_onnx(job: Job) -> Artifact:
+    """A decoder graph with a KV cache, its weights beside it, and parity.json, which says how near it is to the model.
+
+    On failure parity.json stays in the run's working folder.
+    """
+    model, started = job.inputs["model"], time.monotonic()
+    config = models.read_config(model.path)
+    torch.set_num_threads(job.device.threads)
+    tokens, text = gate_text(job, model)
+
+    with job.publishing() as staging:
+        size = graph.write(model.path, staging.path, config, provenance(model))
+        hf.copy_companions(model.path, staging.path)
+        genai.write(staging.path, config)
+
+        runner = OnnxRunner(staging.path, job.device)
+        reference = models.load(model.path, device=job.device.torch)
+        report = parity.measure(reference, runner, tokens, text)
+        parity.gate(report, job.work / "parity.json")
+        (job.work / "parity.json").rename(staging.path / "parity.json")
+
+        run, read = report["greedy"], report["text"]
+        metrics = {
+            "bytes": size,
+            "parity_error": report["error"],
+            "greedy_tokens": run["tokens"],
+            "greedy_equal": run["equal"],
+            "perplexity": read["onnx_perplexity"],
+            "perplexity_change": read["change"],
+            "perplexity_text": read["name"],
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        artifact = staging.seal(metrics, logs=("parity.json",))
+
+    figures = (
+        f"parity {report['error']:.1e} · greedy {run['equal']}/{run['tokens']} equal · perplexity {read['change']:+.2%}"
+    )
+    say(job, f"onnx-ort {console.size(size)} · {figures.replace('%', ' %')}", started)
+    for parting in run["partings"]:
+        gap = f"{parting['gap']:.1e} apart (below {parting['limit']:.1e} is a tie)"
+        console.detail(f"greedy token {parting['token']} parted where the model's two best logits are {gap}")
+    return artifact
+
+
+def export_hf(job: Job) -> Artifact:
+    """The clean Hugging Face folder, loaded back before it is published."""
+    model, started = job.inputs["model"], time.monotonic()
+    with job.publishing() as staging:
+        size = hf.write(model, staging.path, job.run.name)
+        metrics = {"bytes": size, "seconds": round(time.monotonic() - started, 3)}
+        artifact = staging.seal(metrics, logs=("README.md",))
+    say(job, f"hf {console.size(size)} · loaded back, bit for bit the model", started)
+    return artifact
+
+
+def provenance(model: Artifact) -> dict[str, str]:
+    """What the graph's properties say of its origin."""
+    weights = {
+        name: entry["sha256"] for name, entry in model.manifest["files"].items() if name.endswith(".safetensors")
+    }
+    known = {"llmctl.model": model.identity, "llmctl.stage": model.stage, "llmctl.licence": hf.licence(model.path)}
+    return {
+        **{f"llmctl.sha256.{name}": sha for name, sha in weights.items()},
+        **{key: value for key, value in known.items() if value},
+    }
+
+
+def gate_text(job: Job, model: Artifact) -> tuple[np.ndarray, str]:
+    """Ids of the text that the gate reads, and its name.
+
+    `[export] text`, else the validation split of the tokens the model was trained on, else the built-in text.
+    """
+    tokenizer = Tokenizer.load(model.path)
+    asked = job.recipe.section("export").text
+    if asked:
+        return tokens_of(tokenizer, asked, job), asked
+    data = training_data(model)
+    if data is not None:
+        shards = Shards.open(data.path, "val")
+        if len(shards) > 1:
+            return np.asarray(
+                shards[0 : min(len(shards), ENOUGH)], np.int64
+            ), f"the validation split of prep {data.short}"
+    return tokens_of(tokenizer, BUILTIN, job), BUILTIN
+
+
+def training_data(model: Artifact | None) -> Artifact | None:
+    """The tokens that the model, or the one it was finetuned from, was trained on, if they are still there."""
+    while model is not None:
+        data = model.input("data")
+        if data is not None and data.kind == "tokens":
+            return data
+        model = model.input("model")
+    return None
+
+
+def tokens_of(tokenizer: Tokenizer, source: str, job: Job) -> np.ndarray:
+    """The first tokens of a source, each document between <s> and </s> as in the shards."""
+    ids: list[int] = []
+    for document in sources.documents(source, job.recipe.root, tally=sources.Tally()):
+        ends = [[id] if id is not None else [] for id in (tokenizer.bos_id, tokenizer.eos_id)]
+        ids += [*ends[0], *tokenizer.encode(document.text[: 16 * ENOUGH]), *ends[1]]
+        if len(ids) >= ENOUGH:
+            break
+    if len(ids) < 2:
+        raise DataError(
+            "too little text for the perplexity check", file=source, hint="name a longer one as [export] text"
+        )
+    return np.array(ids[:ENOUGH], np.int64)
+
+
+def say(job: Job, text: str, started: float) -> None:
+    """The row of this export; a run that exports several variants has a row for each."""
+    console.stage("export", text, console.duration(time.monotonic() - started))

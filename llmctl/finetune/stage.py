@@ -1,0 +1,181 @@
+"""`llmctl finetune`: a base model learns to answer, and to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+
+from llmctl import console
+from llmctl.artifact import Artifact, Job
+from llmctl.errors import DataError
+from llmctl.finetune.batches import Example, batches
+from llmctl.inference import answers
+from llmctl.inference.runners import TorchRunner
+from llmctl.model import hf, lora
+from llmctl.recipe import FinetuneSection
+from llmctl.text import chat, sources
+from llmctl.text.chat import ChatTemplate
+from llmctl.text.conversations import Conversation, conversations
+from llmctl.text.tokenizer import Tokenizer
+from llmctl.training import checkpoint, loop, objectives, optim, planning, session
+from llmctl.training.planning import Plan
+
+PEAK = {"full": 5e-4, "lora": 2e-3}  # learning rates at width 256; adapters start from nothing and take more
+BATCH = 32  # conversations a step, at most
+PROBED = 64  # held-out conversations scored before, during and after
+
+
+def finetune(job: Job) -> Artifact:
+    """Trains on the assistant's tokens and publishes the model with its chat template."""
+    section, start = job.recipe.section("finetune"), job.inputs["model"]
+    tokenizer = Tokenizer.load(start.path)
+    template = ChatTemplate.load(start.path) or ChatTemplate(chat.CHATML)
+    model = hf.load(start.path, device=job.device.torch)
+    length = min(section.max_seq_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    train, held_out = _conversations(job, section)
+    examples = _examples(train, tokenizer, template, length, job)
+    if section.method == "lora":
+        lora.apply(model, section.lora_r, section.lora_alpha, section.lora_target_modules, job.recipe.seed)
+    plan = planning.make(
+        section,
+        sequences=len(examples),
+        length=length,
+        width=model.config.hidden_size,
+        peak=PEAK[section.method],
+        cap=BATCH,
+    )
+    mean = sum(len(example.ids) for example in examples) / len(examples)
+    choices, loss = session.choose(
+        job, section, objectives.causal, 6 * model.config.parameters * mean * plan.batch * plan.steps, plan.micro_batch
+    )
+    _announce(section, plan, choices, examples)
+
+    probe = held_out[:PROBED]
+    before = answers.score(TorchRunner.of(model), tokenizer, template, probe).bits_per_byte
+    optimizers = optim.build(model, section.optimizer, plan.learning_rate, section.weight_decay)
+    state = session.resume(job, job.recipe.seed, model, optimizers, plan.steps)
+    bits, stop = before, session.Stop(job)
+    steps = loop.train(
+        model,
+        optimizers,
+        batches(examples, size=plan.batch, seed=job.recipe.seed, pad_id=tokenizer.pad_id or 0, position=state.position),
+        loss,
+        steps=range(state.step, plan.steps),
+        rate=plan.rate,
+        micro_batch=choices.micro_batch,
+        max_grad_norm=section.max_grad_norm,
+        autocast=choices.autocast,
+        stop=stop,
+    )
+    with stop, console.progress("finetune", total=plan.steps, unit="steps") as live:
+        for step in steps:
+            session.follow(state, step)
+            live.update(step.number, loop.live_text(step, plan.steps, bits, state.tokens / state.seconds))
+            last = step.number == plan.steps
+            if not last and plan.eval_every and step.number % plan.eval_every == 0:
+                bits = answers.score(TorchRunner.of(model), tokenizer, template, probe).bits_per_byte
+                session.record(job.work, step, {"answer_bits_per_byte": bits})
+            elif step.number % section.log_every == 0 or last:
+                session.record(job.work, step)
+            if plan.save_every and step.number % plan.save_every == 0 and not last:
+                checkpoint.save(job.work, state, model, optimizers)
+    checkpoint.save(job.work, state, model, optimizers)
+    stop.raise_if_early(state, plan.steps)
+
+    with job.publishing() as staging:
+        if section.method == "lora":
+            lora.save_adapter(model, staging.path / "adapter")
+            model = lora.merge(model)
+        end = tokenizer.special("<|im_end|>")
+        model.config = dataclasses.replace(model.config, eos_token_id=(end, *model.config.eos_ids))
+        runner = TorchRunner.of(model)
+        after = answers.score(runner, tokenizer, template, probe).bits_per_byte
+        ended = answers.ended(answers.ask(runner, tokenizer, template, probe, max_new_tokens=128))
+        console.detail(
+            f"answers {before:.2f} -> {after:.2f} bits/byte · {100 * ended:.0f} % end by themselves",
+            console.duration(state.seconds),
+        )
+        hf.save(model, start.path, staging.path)
+        template.save(staging.path)
+        session.publish_logs(job.work, staging.path)
+        metrics = {
+            "train_loss": state.train_loss,
+            "answer_bits_per_byte": after,
+            "answer_bits_per_byte_before": before,
+            "answers_ended": ended,
+            "conversations": len(train),
+            "supervised_share": _share(examples),
+            **session.figures(state),
+        }
+        return staging.seal(metrics, logs=session.LOGS)
+
+
+def _conversations(job: Job, section: FinetuneSection) -> tuple[list[Conversation], list[Conversation]]:
+    """Training and held-out conversations; the hash that splits prep's documents splits these."""
+    every = list(
+        itertools.chain.from_iterable(
+            conversations(source, job.recipe.root, on_error=section.on_error) for source in section.sources
+        )
+    )
+    if section.system:
+        every = [_with_system(conversation, section.system) for conversation in every]
+    held_out = [found for found in every if sources.is_held_out(found, section.val_percent)]
+    train = [found for found in every if not sources.is_held_out(found, section.val_percent)]
+    if len(every) < 2 or not train:
+        raise DataError(
+            f"{len(every)} conversations are too few to train and to validate",
+            file=section.sources[0],
+            hint="add more of them",
+        )
+    if not held_out:  # a handful of conversations: the hash may pick none
+        train, held_out = train[:-1], train[-1:]
+    chooser = random.Random(job.recipe.seed)
+    chooser.shuffle(held_out)
+    if section.max_examples is not None and len(train) > section.max_examples:
+        train = [train[i] for i in sorted(chooser.sample(range(len(train)), section.max_examples))]
+    return train, held_out
+
+
+def _with_system(conversation: Conversation, system: str) -> Conversation:
+    if conversation.messages[0]["role"] == "system":
+        return conversation
+    return dataclasses.replace(conversation, messages=({"role": "system", "content": system}, *conversation.messages))
+
+
+def _examples(
+    train: list[Conversation], tokenizer: Tokenizer, template: ChatTemplate, length: int, job: Job
+) -> list[Example]:
+    """The conversations as ids. Too long ones are counted and left out; nothing to learn from is an error."""
+    found, long = [], 0
+    for conversation in train:
+        ids, mask = chat.supervised(template, tokenizer, conversation.messages)
+        if len(ids) > length + 1:
+            long += 1
+        elif any(mask):
+            found.append(Example(tuple(ids), tuple(mask)))
+    if not found:
+        why = f"all {long} are longer than {length} tokens" if long else "no assistant turn has any token"
+        raise DataError(
+            f"nothing to learn from: zero supervised tokens in {len(train)} conversations ({why})",
+            file=job.recipe.section("finetune").sources[0],
+            hint="raise [model] max_seq_length, or shorten the conversations"
+            if long
+            else "each conversation needs an assistant's answer",
+        )
+    if long:
+        console.note(f"{long:,} of {len(train):,} conversations are longer than {length} tokens and are left out")
+    return found
+
+
+def _share(examples: list[Example]) -> float:
+    return sum(sum(example.supervised) for example in examples) / sum(len(example.ids) for example in examples)
+
+
+def _announce(section: FinetuneSection, plan: Plan, choices: session.Choices, examples: list[Example]) -> None:
+    share = f"{len(examples):,} conversations, {100 * _share(examples):.0f} % of tokens supervised"
+    console.stage("finetune", f"{', '.join(section.sources)}    {share}")
+    for formula in plan.formulas:
+        console.debug(f"{'':12}{formula}")
+    optimizer = f"{section.method}, {section.optimizer} {plan.learning_rate:g}"
+    console.detail(f"{plan.steps:,} steps of {plan.batch} · {optimizer} · {choices.describe()}")

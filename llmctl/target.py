@@ -1,0 +1,148 @@
+"""What a command's target names: a recipe, an artifact, a run, or nothing at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmctl import chain, console, recipe
+from llmctl.artifact import MANIFEST, Artifact, Run
+from llmctl.errors import DataError, RecipeError, UsageError
+from llmctl.recipe import Recipe
+
+RUNS = Path("runs")
+RESOLVED = "recipe.resolved.toml"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A recipe and its run, and the artifact where one was named."""
+
+    recipe: Recipe
+    run: Run
+    said: str  # the choice, in words, printed before anything else
+    artifact: Artifact | None = None
+
+    def model(self) -> Artifact:
+        """The last model there is: the one named, else finetune, else pretrain, else import."""
+        if self.artifact is not None:
+            if self.artifact.kind not in ("model", "export"):
+                raise UsageError(
+                    f"{self.artifact.path} holds {self.artifact.kind}, not a model",
+                    hint="name the run or a model's folder",
+                )
+            return self.artifact
+        for place in chain.MODEL_PLACES:
+            if (found := self.run.artifact(place)) is not None:
+                return found
+        raise UsageError(f"{self.run.path} has no model yet", hint=f"llmctl pretrain {self.recipe.file} makes one")
+
+    def runnable(self) -> Artifact:
+        """What serve and chat take: the newest export of the last model, else the model itself."""
+        model = self.model()
+        if model.kind == "export":
+            return model
+        exports = []
+        for manifest in (self.run.path / "export" / model.place).glob("onnx-*/" + MANIFEST):
+            found = Artifact.open(manifest.parent)
+            if any(entry["identity"] == model.identity for entry in found.inputs):
+                exports.append(found)
+            else:
+                console.note(
+                    f"{found.place} was made from another {model.place}; left aside (llmctl export makes it again)"
+                )
+        return max(exports, key=lambda export: float(export.manifest["times"]["started"]), default=model)
+
+
+def resolve(name: str | None, *, run_dir: Path | None = None, overrides: tuple[str, ...] = ()) -> Target:
+    """What `name` means; without one: --run-dir, else $LLMCTL_RUN, else runs/current.
+
+    Raises:
+        UsageError: nothing there, listing the candidates.
+    """
+    if name is not None and (name.endswith(".toml") or Path(name).is_file()):
+        made = recipe.load(Path(name), overrides)
+        run = Run(run_dir if run_dir is not None else RUNS / made.name)
+        return Target(made, run, f"recipe {name} in {run.path}")
+    path, why = _folder(name, run_dir)
+    if (path / MANIFEST).exists():
+        artifact = Artifact.open(path)
+        run = Run(artifact.run_path())
+        return Target(_recipe_of(run, overrides), run, f"{path}: {artifact.place} {artifact.short}{why}", artifact)
+    if (path / RESOLVED).exists() or any((path / place / MANIFEST).exists() for place in ("prep", *chain.MODEL_PLACES)):
+        run = Run(path)
+        return Target(_recipe_of(run, overrides), run, f"run {path}{why}")
+    if (path / "config.json").exists():
+        return _bare(path, run_dir, overrides)
+    raise UsageError(f"{path} is neither a recipe nor a run, an artifact or a Hugging Face folder", hint=_candidates())
+
+
+def _folder(name: str | None, run_dir: Path | None) -> tuple[Path, str]:
+    if name is not None:
+        if not Path(name).is_dir():
+            raise UsageError(f"{name}: no such recipe, run or artifact", hint=_candidates())
+        path = Path(name)
+        return (path.parent / path.readlink() if path.is_symlink() else path), ""
+    if run_dir is not None:
+        return run_dir, " (--run-dir)"
+    if os.environ.get("LLMCTL_RUN"):
+        path, why = Path(os.environ["LLMCTL_RUN"]), " (LLMCTL_RUN)"
+    else:
+        path, why = RUNS / "current", " (runs/current)"
+        path = RUNS / path.readlink() if path.is_symlink() else path
+    if not path.is_dir():
+        raise UsageError(f"no target, and {path} is not there", hint=_candidates())
+    return path, why
+
+
+def _candidates() -> str:
+    recipes = sorted(
+        str(path)
+        for folder in (Path(), Path("recipes"))
+        for path in folder.glob("*.toml")
+        if path.name != "pyproject.toml"
+    )
+    runs = sorted(str(path.parent) for path in RUNS.glob("*/" + RESOLVED) if path.parent.name != "current")
+    found = [f"recipes: {', '.join(recipes)}"] * bool(recipes) + [f"runs: {', '.join(runs)}"] * bool(runs)
+    return "\n".join(found) if found else "llmctl init FOLDER writes a recipe for your text"
+
+
+def _recipe_of(run: Run, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe as the run keeps it. Where the file it came from says something else by now, that is told, not
+    followed.
+    """
+    kept = run.path / RESOLVED
+    if not kept.exists():
+        return Recipe(name=run.name, file=kept.absolute(), root=run.path.absolute())
+    made = recipe.load(kept, overrides)
+    if not overrides and (origin := origin_recipe(made)) is not None and _differs(origin, made):
+        console.note(f"{origin.file} has changed since; {run.path} goes on as it was made (name the recipe to use it)")
+    return made
+
+
+def _differs(one: Recipe, other: Recipe) -> bool:
+    return any(getattr(one, name) != getattr(other, name) for name in ("seed", *recipe.SECTIONS) if name != "serve")
+
+
+def origin_recipe(made: Recipe) -> Recipe | None:
+    """The recipe file that a run's kept recipe came from, as it is now; None where it is gone or broken."""
+    if made.origin is None or not Path(made.origin.recipe).is_file():
+        return None
+    with contextlib.suppress(RecipeError):
+        return recipe.load(Path(made.origin.recipe), made.origin.overrides)
+    return None
+
+
+def _bare(path: Path, run_dir: Path | None, overrides: tuple[str, ...]) -> Target:
+    """A bare Hugging Face folder: a run of its own, whose import stage brings it in first."""
+    name = recipe.default_name(path.resolve())
+    run = Run(run_dir if run_dir is not None else RUNS / name)
+    model = recipe.ModelSection(source=str(path.resolve()))
+    made = Recipe(name=name, model=model, file=run.path / RESOLVED, root=run.path.absolute())
+    chain.make(made, run, [step for step in chain.steps(made, run) if step.place == "import"], chain.Options())
+    imported = run.artifact("import")
+    if imported is None:
+        raise DataError("the import left nothing", file=path)
+    return Target(made, run, f"{path}, imported as {run.path}: {imported.short}", imported)

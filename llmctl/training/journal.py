@@ -1,0 +1,34 @@
+"""metrics.jsonl and samples.jsonl: logs that grow line by line while a training runs, and are rewound when it
+resumes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Adds a line. `row["step"]` says after which step it was written."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines that are whole: a killed process may have left the last one cut off."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drops what was written after `step`: those steps are about to run again."""
+    kept = [row for row in read(path) if row["step"] <= step]
+    if path.exists():
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")

@@ -1,0 +1,86 @@
+"""onnxruntime-genai, given the same prompt ids, gives the same greedy ids from the exported folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llmctl.export import genai
+from llmctl.model import hf
+from llmctl.model.config import Config
+
+PROGRAM = """
+    import json, sys
+    import onnxruntime_genai as og
+
+    model = og.Model(sys.argv[1])
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=int(sys.argv[3]), do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(json.loads(sys.argv[2]))
+    while not generator.is_done():
+        generator.generate_next_token()
+    print(json.dumps([int(id) for id in generator.get_sequence(0)]))
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime_genai") is None, reason="needs the package onnxruntime-genai (make dev)"
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_genai_gives_the_same_greedy_ids(
+    family: str,
+    shaped: Callable[..., Config],
+    saved: Callable[..., Path],
+    exported: Callable[[Path], Path],
+) -> None:
+    model = saved(shaped(family, eos_token_id=()))
+    prompt = np.random.default_rng(3).integers(10, 290, 7).tolist()
+    expected = greedy(model, prompt, 120, ends=())
+    assert run(exported(model), prompt, 120) == expected
+
+    stop = expected[40]  # a chat model has several ends of a turn: any of them ends this one
+    ended = saved(shaped(family, eos_token_id=(2, stop)), "chat")
+    expected = greedy(ended, prompt, 120, ends=(2, stop))
+    assert run(exported(ended), prompt, 120) == expected[:-1]  # genai keeps the end to itself
+    assert len(expected) < 120
+
+
+def run(folder: Path, prompt: list[int], length: int) -> list[int]:
+    """In a process of its own: the package brings an onnxruntime of its own."""
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(folder), json.dumps(prompt), str(length)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "logits_to_keep" not in done.stderr  # the default of that input is meant: no warning
+    return [int(id) for id in json.loads(done.stdout)]
+
+
+def greedy(model: Path, prompt: list[int], length: int, ends: tuple[int, ...]) -> list[int]:
+    """The slow way, without a cache; no two best logits may be near a tie."""
+    decoder, ids = hf.load(model), list(prompt)
+    while len(ids) < length and (len(ids) == len(prompt) or ids[-1] not in ends):
+        with torch.inference_mode():
+            best = decoder(torch.tensor([ids]), last_only=True)[0, -1].topk(2)
+        assert best.values[0] - best.values[1] > 1e-4
+        ids.append(int(best.indices[0]))
+    return ids
+
+
+def test_the_generation_config_names_the_ends(shaped: Callable[..., Config]) -> None:
+    config = shaped("qwen3", eos_token_id=2)
+    assert genai.config(config, {})["model"]["eos_token_id"] == [2]
+    made = genai.config(config, {"eos_token_id": [6, 2], "bos_token_id": 1})
+    assert made["model"]["eos_token_id"] == [6, 2]
+    assert made["model"]["type"] == "qwen3"
+    assert made["model"]["decoder"]["num_key_value_heads"] == 2
+    assert made["search"]["past_present_share_buffer"] is True
+    assert genai.config(shaped("llama", eos_token_id=None, pad_token_id=None), {})["model"]["pad_token_id"] == 0

@@ -1,0 +1,201 @@
+"""The graph against transformers, run by plain ONNX Runtime with a cache that grows, as other tools run it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from llmctl.errors import DataError
+from llmctl.export import graph
+from llmctl.model import hf
+from llmctl.model.config import Config, RopeScaling
+from llmctl.model.transformer import Decoder
+
+SHAPES = {
+    "llama, grouped heads, untied": ("llama", {"tie_word_embeddings": False}),
+    "llama, one key head, biases": ("llama", {"num_key_value_heads": 1, "attention_bias": True}),
+    "llama, heads of 8, which GroupQueryAttention does not rotate": ("llama", {"head_dim": 8}),
+    "llama 3.1's rotary scaling": ("llama", {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 32)}),
+    "qwen3, tied": ("qwen3", {}),
+    "qwen3, heads of 24, other theta and epsilon": ("qwen3", {"head_dim": 24, "rope_theta": 1e6, "rms_norm_eps": 1e-3}),
+}
+Shaped = Callable[..., Config]
+Saved = Callable[..., Path]
+Exported = Callable[[Path], Path]
+
+
+def session(folder: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    return ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+
+
+class Growing:
+    """The simplest client there is: past in, present out."""
+
+    def __init__(self, folder: Path, config: Config, batch: int) -> None:
+        self.session = session(folder)
+        shape = (batch, config.num_key_value_heads, 0, config.head_dim)
+        names = [value.name for value in self.session.get_inputs() if value.name.startswith("past")]
+        self.past = {name: np.zeros(shape, np.float32) for name in names}
+        self.seen = 0
+
+    def __call__(self, ids: np.ndarray, **more: np.ndarray) -> np.ndarray:
+        self.seen += ids.shape[1]
+        mask = np.ones((len(ids), self.seen), np.int64)
+        logits, *present = self.session.run(None, {"input_ids": ids, "attention_mask": mask, **self.past, **more})
+        self.past = dict(zip(self.past, present, strict=True))
+        return np.asarray(logits)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_equal_transformers(name: str, shaped: Shaped, saved: Saved, exported: Exported) -> None:
+    family, changes = SHAPES[name]
+    config = shaped(family, **changes)
+    model = saved(config)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (3, 40))
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(model).eval()(torch.from_numpy(ids)).logits.numpy()
+    assert expected.std() > 0.5  # a model that says nothing would agree with anything
+
+    folder = exported(model)
+    batch = Growing(folder, config, 3)
+    for start, end in ((0, 7), (7, 8), (8, 9)):  # an odd prompt, then steps
+        np.testing.assert_allclose(batch(ids[:, start:end]), expected[:, start:end], atol=2e-5)
+    one = Growing(folder, config, 1)
+    for start, end in ((0, 1), (1, 2), (2, 13), (13, 40)):  # past 0, 1 and N, and chunks
+        np.testing.assert_allclose(one(ids[:1, start:end]), expected[:1, start:end], atol=2e-5)
+
+
+def test_padding_on_the_right_changes_nothing(shaped: Shaped, saved: Saved, exported: Exported) -> None:
+    for head_dim in (16, 8):  # rotated inside the attention node, and before it
+        config = shaped("llama", head_dim=head_dim)
+        model = saved(config, f"heads-{head_dim}")
+        folder = exported(model)
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9))
+        mask = (np.arange(9) < np.array([[4], [9]])).astype(np.int64)
+        client = Growing(folder, config, 2)
+        logits = client.session.run(["logits"], {"input_ids": ids, "attention_mask": mask, **client.past})[0]
+        alone = Growing(folder, config, 1)(ids[:1, :4])
+        np.testing.assert_allclose(logits[0, :4], alone[0], atol=1e-6)
+
+
+def test_keeps_only_the_last_logits_when_asked(shaped: Shaped, saved: Saved, exported: Exported) -> None:
+    config = shaped("qwen3")
+    folder = exported(saved(config))
+    ids = np.arange(10, 19)[None]
+    every = Growing(folder, config, 1)(ids)
+    for keep in (1, 3, 9, 0):  # transformers' meaning: 0 keeps all
+        kept = Growing(folder, config, 1)(ids, logits_to_keep=np.array([keep]))
+        np.testing.assert_allclose(kept, every[:, -keep:], atol=1e-6)
+
+
+def test_names_that_other_tools_load(shaped: Shaped, saved: Saved, exported: Exported) -> None:
+    config = shaped("qwen3")
+    loaded = session(exported(saved(config)))
+    cache = [f"{i}.{kv}" for i in range(2) for kv in ("key", "value")]
+    required = ["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in cache)]
+    assert [value.name for value in loaded.get_inputs()] == required
+    assert [value.name for value in loaded.get_outputs()] == ["logits", *(f"present.{name}" for name in cache)]
+    assert loaded.get_inputs()[2].shape == ["batch_size", 2, "past_sequence_length", 16]
+    assert loaded.get_outputs()[0].shape == ["batch_size", "kept_sequence_length", config.vocab_size]
+    assert loaded.get_modelmeta().custom_metadata_map["llmctl.model"] == "test"
+
+
+def test_weights_lie_aligned_in_one_file_of_the_folder(shaped: Shaped, saved: Saved, exported: Exported) -> None:
+    folder = exported(saved(shaped("llama", tie_word_embeddings=False)))
+    ends = 0
+    for tensor in onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entry = {item.key: item.value for item in tensor.external_data}
+            assert entry["location"] == "model.onnx.data"
+            assert int(entry["offset"]) % 4096 == 0
+            assert int(entry["offset"]) >= ends
+            ends = int(entry["offset"]) + int(entry["length"])
+    assert (folder / "model.onnx.data").stat().st_size == ends
+    assert (folder / "model.onnx").stat().st_size < 20_000  # nothing large hides in the graph itself
+
+
+def test_a_tied_head_is_stored_once(shaped: Shaped, saved: Saved, exported: Exported) -> None:
+    tied = exported(saved(shaped("llama", vocab_size=4000), "tied"))
+    untied = exported(saved(shaped("llama", vocab_size=4000, tie_word_embeddings=False), "untied"))
+    sizes = [(folder / "model.onnx.data").stat().st_size for folder in (tied, untied)]
+    assert sizes[1] - sizes[0] >= 4000 * 48 * 4
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_weights_are_exported_exactly(
+    dtype: str, shaped: Shaped, saved: Saved, exported: Exported
+) -> None:
+    config = shaped("llama")
+    model = saved(config, dtype=dtype)
+    ids = np.arange(20, 31)[None]
+    with torch.inference_mode():
+        expected = hf.load(model)(torch.from_numpy(ids)).numpy()
+    np.testing.assert_allclose(Growing(exported(model), config, 1)(ids), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda state: state.pop("model.norm.weight"), r"model\.norm\.weight is missing"),
+        (lambda state: state.update({"model.norm.weight": torch.ones(47)}), r"\[47\]; config\.json asks for \[48\]"),
+        (lambda state: state.update({"model.layers.0.mlp.up_proj.bias": torch.ones(80)}), r"up_proj\.bias"),
+        (lambda state: state.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}), "stored as I8"),
+    ],
+    ids=["missing", "misshapen", "a bias the config does not name", "a dtype that is no float"],
+)
+def test_weights_that_do_not_fit_are_named(
+    edit: Callable[[dict[str, torch.Tensor]], object], message: str, shaped: Shaped, saved: Saved, exported: Exported
+) -> None:
+    model = saved(shaped("llama"))
+    state = load_file(model / "model.safetensors")
+    edit(state)
+    save_file(state, model / "model.safetensors")
+    with pytest.raises(DataError, match=message):
+        exported(model)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc/self/statm")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, shaped: Shaped) -> None:
+    """The peak of a process that writes 100 MB of weights rises by less than a quarter of them."""
+    config = shaped("llama", vocab_size=16_000, hidden_size=512, intermediate_size=2048, num_hidden_layers=5)
+    (tmp_path / "model").mkdir()
+    hf.save(Decoder.random(config, 0), tmp_path, tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size > 90e6
+    program = """
+        import os, sys, threading
+        from pathlib import Path
+        from llmctl.export import graph
+        from llmctl.model import hf
+
+        def resident():
+            return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+        config, done, seen = hf.read_config(model), threading.Event(), [resident()]
+        watch = threading.Thread(target=lambda: [seen.append(resident()) for _ in iter(lambda: done.wait(0.001), True)])
+        watch.start()
+        graph.write(model, folder, config, {})
+        done.set()
+        watch.join()
+        print(len(seen), max(seen) - seen[0])
+    """
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "model"), str(folder)]
+    shots, grown = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert shots > 10
+    assert (folder / graph.WEIGHTS).stat().st_size > 90e6
+    assert grown < 25e6  # measured 15 MB for 97 MB, in a buffer of 4 and imports
