@@ -185,6 +185,16 @@ def _state(made: Recipe, run: Run, step: Step, upstream: Mapping[str, State]) ->
     return State("up to date", (), artifact, settings, index)
 
 
+def warn_if_behind(made: Recipe, run: Run, place: str) -> None:
+    """Says when a model that is about to be measured, exported or served is not what the recipe asks for by now."""
+    every = steps(made, run)
+    if any(step.place == place for step in every):
+        for step, state in states(made, run, upstream(every, place)).values():
+            if state.word == "stale":
+                console.warn(f"{step.place} is stale ({'; '.join(state.reasons)}); {place} is taken as it is")
+                return
+
+
 def _settings(
     made: Recipe, run: Run, step: Step, upstream: Mapping[str, State], artifact: Artifact | None
 ) -> tuple[Settings | None, dict[str, Any], list[str]]:
@@ -359,12 +369,12 @@ def _announce(step: Step, state: State, remake: bool) -> None:
 
 
 def _run_step(made: Recipe, run: Run, step: Step, state: State, chosen: Device, options: Options) -> Artifact:
-    _allow(made, run, step, state, options)
     if state.settings is None:
         missing = next(place for place in step.inputs.values() if run.artifact(place) is None)
         raise UsageError(
             f"{step.place} needs {missing}, which is not there", hint=f"llmctl {missing.split('/')[0]} makes it"
         )
+    _allow(made, run, step, state, state.settings, options)
     inputs = {role: _input(run, place) for role, place in step.inputs.items()}
     job = Job(made, run, step.place, state.settings, inputs, chosen, state.index, options.deadline)
     write_resolved(made, run, options)
@@ -394,7 +404,7 @@ def _input(run: Run, place: str) -> Artifact:
     return artifact
 
 
-def _allow(made: Recipe, run: Run, step: Step, state: State, options: Options) -> None:
+def _allow(made: Recipe, run: Run, step: Step, state: State, settings: Settings, options: Options) -> None:
     """Whether a step may be (re)made; says what will happen and why."""
     work = run.work(step.place)
     started = _read_json(work / "settings.json") if step.stage.resumes else None
@@ -409,11 +419,11 @@ def _allow(made: Recipe, run: Run, step: Step, state: State, options: Options) -
             )
     if started is None:
         return
-    if options.rebuild or state.settings is None:
+    if options.rebuild:
         console.note(f"starting {step.place} over; its unfinished work is dropped")
         shutil.rmtree(work)
         return
-    reasons = difference(started, state.settings, state.index, started.get("index", {}))
+    reasons = difference(started, settings, state.index, started.get("index", {}))
     if reasons:
         lines = "\n".join(f"   {reason}" for reason in reasons)
         raise UsageError(

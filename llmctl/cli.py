@@ -288,7 +288,9 @@ def evaluate(
     found = call.target(target)
     if markdown:
         console.configure(json=False, quiet=call.quiet, verbose=call.verbose, events=call.events, to_stderr=True)
-    made = _make(call, found, [chain.eval_step(found.recipe, found.model().place)])
+    place = found.model().place
+    chain.warn_if_behind(found.recipe, found.run, place)
+    made = _make(call, found, [chain.eval_step(found.recipe, place)])
     if made["artifact"] and (markdown or baseline is not None):
         from llmctl.eval import compare
 
@@ -316,7 +318,9 @@ def export(
     wanted = [name for name, flag in (("onnx", onnx), ("hf", hf)) if flag]
     aliases = [f"export.formats={wanted}".replace("'", '"')] * bool(wanted)
     found = call.target(target, *aliases)
-    return _make(call, found, chain.export_steps(found.recipe, found.model().place), *aliases)
+    place = found.model().place
+    chain.warn_if_behind(found.recipe, found.run, place)
+    return _make(call, found, chain.export_steps(found.recipe, place), *aliases)
 
 
 @command(STAGES)

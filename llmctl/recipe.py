@@ -15,14 +15,36 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic_core import CoreSchema, ErrorDetails, PydanticUndefined, core_schema
 
 from llmctl.errors import RecipeError
 
+
+
+class _OneOrMany:
+    """Of a tuple: a single value stands for a list of one, in the recipe as in its JSON Schema."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(_as_tuple, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        many = handler(schema)
+        return {"anyOf": [many, many["items"]]}
+
+
 Positive = Annotated[int, Field(gt=0)]
-Sources = tuple[str, ...]
+Sources = Annotated[tuple[str, ...], _OneOrMany()]
 
 
 def _operational(default: Any, description: str, **rules: Any) -> Any:
@@ -59,6 +81,8 @@ def is_operational(field: FieldInfo) -> bool:
 
 
 class TokenizerSection(Section):
+    """The vocabulary."""
+
     type: Literal["bpe", "unigram", "char", "byte"] = Field(
         "bpe",
         description="bpe: SentencePiece BPE with byte fallback, ids equal in every tool. unigram: trains 15 "
@@ -97,11 +121,6 @@ class PrepSection(Section):
         "tail 10 % of the text.",
     )
     tokenizer: TokenizerSection = Field(TokenizerSection(), description="The vocabulary.")
-
-    @field_validator("sources", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return _as_tuple(value)
 
     @field_validator("sources")
     @classmethod
@@ -249,10 +268,12 @@ class FinetuneSection(TrainingSection):
         "adamw", description="As in [pretrain]; adamw is the usual choice here."
     )
 
-    @field_validator("sources", mode="before")
+    @field_validator("sources")
     @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return _as_tuple(value)
+    def _not_empty(cls, value: Sources) -> Sources:
+        if not value:
+            raise ValueError("names no source")
+        return value
 
 
 class EvalSection(Section):
@@ -277,12 +298,8 @@ class EvalSection(Section):
     require: dict[str, str] = Field(
         default_factory=dict,
         description='Gates, e.g. val_bits_per_byte = "<1.6"; a metric that misses one ends with exit 5.',
+        json_schema_extra={"operational": True},
     )
-
-    @field_validator("text", "tasks", "conversations", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return _as_tuple(value)
 
     @field_validator("require")
     @classmethod
@@ -296,7 +313,7 @@ class EvalSection(Section):
 class ExportSection(Section):
     """The model in the form another runtime takes."""
 
-    formats: tuple[Literal["onnx", "hf"], ...] = Field(
+    formats: Annotated[tuple[Literal["onnx", "hf"], ...], _OneOrMany()] = Field(
         ("onnx",), description="onnx: a decoder graph with a KV cache. hf: the clean Hugging Face folder."
     )
     text: str = Field(
@@ -304,11 +321,6 @@ class ExportSection(Section):
         description="Text for the perplexity check of the parity gate; default: the lineage's validation split, "
         "else the built-in text.",
     )
-
-    @field_validator("formats", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return _as_tuple(value)
 
 
 class ServeSection(Section):
@@ -354,6 +366,13 @@ class Recipe(Section):
     origin: OriginSection | None = None
     file: Path = Field(Path("recipe.toml"), exclude=True)
     root: Path = Field(Path(), exclude=True)
+
+    @field_validator("name")
+    @classmethod
+    def _not_reserved(cls, value: str) -> str:
+        if value == "current":
+            raise ValueError("runs/current means the run that was made last; choose another name")
+        return value
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Recipe:
@@ -411,16 +430,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         table = _rebased(_merge(below_table, table), below, path, places)
     for override in overrides:
         key, value = _override(override)
-        if key in PATHS:  # a shell user names files from where they stand
-            value = [
-                str(Path(item).absolute()) if not _fixed(item) else item
-                for item in ([value] if isinstance(value, str) else value)
-            ]
-            value = value if len(value) != 1 else value[0]
         _set(table, key, value, override)
+        places = {key[:depth]: (Path(f"--set {override}"), 0) for depth in range(1, len(key))} | places
         places[key] = (Path(f"--set {override}"), 0)
     table.setdefault("name", default_name(path))
-    root = Path(table.get("origin", {}).get("root") or path.parent).absolute()
+    origin = table.get("origin")
+    given = origin.get("root") if isinstance(origin, dict) else None
+    root = Path(given if isinstance(given, str) and given else path.parent).absolute()
     try:
         return Recipe.model_validate({**table, "file": path, "root": root})
     except ValidationError as problem:
@@ -429,7 +445,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def default_name(path: Path) -> str:
     """The run's name that a file or folder suggests."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") or "run"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:64] or "run"
 
 
 def _read(path: Path, named_by: tuple[Path, int] | None = None) -> tuple[str, dict[str, Any]]:
@@ -525,7 +541,7 @@ def _copied(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fixed(path: Any) -> bool:
     """Whether a value means the same from any folder."""
-    return not isinstance(path, str) or is_builtin(path) or Path(path).is_absolute()
+    return not isinstance(path, str) or is_builtin(path) or path.startswith("~") or Path(path).is_absolute()
 
 
 def is_builtin(source: str) -> bool:
@@ -543,15 +559,24 @@ def _override(argument: str) -> tuple[tuple[str, ...], Any]:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string, as a shell user expects
-    return tuple(key.strip().split(".")), value
+    parts = tuple(key.strip().split("."))
+    return parts, _from_here(value) if parts in PATHS else value
+
+
+def _from_here(value: Any) -> Any:
+    """A shell user names files from where they stand, not from where the recipe lies."""
+    if isinstance(value, list):
+        return [_from_here(item) for item in value]
+    return value if _fixed(value) or not value else str(Path(value).absolute())
 
 
 def _set(table: dict[str, Any], key: tuple[str, ...], value: Any, argument: str) -> None:
     holder = table
     for part in key[:-1]:
-        holder[part] = dict(holder.get(part) or {})
-        if not isinstance(holder.get(part), dict):
+        below = holder.get(part, {})
+        if not isinstance(below, dict):
             raise RecipeError(f"--set {argument}: {part} is not a section")
+        holder[part] = dict(below)
         holder = holder[part]
     holder[key[-1]] = value
 
@@ -656,8 +681,14 @@ def schema() -> dict[str, Any]:
 def resolved(recipe: Recipe, overrides: Sequence[str]) -> str:
     """The whole recipe as TOML with its defaults filled in, as it is kept in the run."""
     table = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
-    table["origin"] = {"recipe": str(recipe.file.absolute()), "root": str(recipe.root), "overrides": list(overrides)}
-    table.get("serve", {}).pop("api_key", None)  # a secret is not part of what was made
+    kept: dict[tuple[str, ...], Any] = {}  # the last of each key, its paths as they were meant when it was given
+    for key, value in map(_override, overrides):
+        kept.pop(key, None)
+        if key[0] != "serve":  # nothing there makes an artifact, and a key is a secret
+            kept[key] = value
+    spelled = [f"{'.'.join(key)}={_toml(value)}" for key, value in kept.items()]
+    table["origin"] = {"recipe": str(recipe.file.absolute()), "root": str(recipe.root), "overrides": spelled}
+    table.get("serve", {}).pop("api_key", None)
     return "# Written by llmctl: the recipe as it was resolved. Edit the recipe, not this file.\n" + _tables(table)
 
 

@@ -1,11 +1,16 @@
-"""What many tests share: the real corpora, where this checkout lies beside them."""
+"""What many tests share: the real corpora where this checkout lies beside them, and small projects to run llmctl in."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import project
+from tests.project import Project
+from tests.warm import Warm
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +20,33 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the folder of real corpora at {folder} (set LLMCTL_TEST_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """llmctl, imported and ready to fork."""
+    with Warm(tmp_path_factory.mktemp("output")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _finished(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    folder = tmp_path_factory.mktemp("finished") / "project"
+    project.write(folder)
+    made = Project(folder, warm)
+    done = made.llmctl("run", "t.toml")
+    assert done.code == 0, done.out + done.err
+    return made
+
+
+@pytest.fixture
+def fresh(warm: Warm, tmp_path: Path) -> Project:
+    """A project in which nothing has run yet."""
+    project.write(tmp_path / "project")
+    return Project(tmp_path / "project", warm)
+
+
+@pytest.fixture
+def finished(_finished: Project, tmp_path: Path) -> Project:
+    """A copy of a project whose whole chain has run: the test may break it."""
+    return project.copy(_finished, tmp_path / "project")

@@ -58,7 +58,7 @@ def config(c: Config, generation: dict[str, Any]) -> dict[str, Any]:
             "past_present_share_buffer": True,
             "repetition_penalty": 1.0,
             "temperature": 1.0,
-            "top_k": 1,
+            "top_k": 50,
             "top_p": 1.0,
         },
     }

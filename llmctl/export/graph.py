@@ -39,8 +39,11 @@ FUSED_ROTARY = 16  # GroupQueryAttention rotates heads whose size is a multiple 
 class Graph:
     """Nodes in the order they run, and the weights they name, which stream to disk as they are named."""
 
-    def __init__(self, config: Config, stored: Mapping[str, Stored], data: ExternalData) -> None:
-        self.config, self.stored, self.data = config, stored, data
+    def __init__(self, config: Config, model: Path, data: ExternalData) -> None:
+        self.config, self.model, self.data = config, model, data
+        self.stored: dict[str, Stored] = {}
+        for file in hf.tensor_files(model):
+            self.stored |= stored_tensors(file)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.used: set[str] = set()
@@ -78,10 +81,7 @@ class Graph:
             found = self.stored.get(part)
             if found is None or found.shape != shape:
                 says = "is missing" if found is None else f"has shape {list(found.shape)}"
-                raise DataError(
-                    f"{part} {says}; config.json asks for {list(shape)}",
-                    hint="the weights and config.json must belong together",
-                )
+                raise DataError(f"{part} {says}; config.json asks for {list(shape)}", file=self.model)
         self.used.update(parts)
         rows, *rest = (sum(shape[0] for shape in parts.values()), *next(iter(parts.values()))[1:])
         chunks = itertools.chain.from_iterable(self.stored[part].chunks() for part in parts)
@@ -92,14 +92,10 @@ class Graph:
         """x (B, T, width) times the transpose of the projections `outs` (name -> rows), packed into one product."""
         weight = self.packed(f"{out}.weight", {f"{layer}.{name}.weight": (rows, width) for name, rows in outs.items()})
         y = self.op("FusedMatMul", x, weight, out=f"{out}.product" if bias else out, domain=CONTRIB, transB=1)
-        if bias:
-            y = self.op(
-                "Add",
-                y,
-                self.packed(f"{out}.bias", {f"{layer}.{name}.bias": (rows,) for name, rows in outs.items()}),
-                out=out,
-            )
-        return y
+        if not bias:
+            return y
+        added = self.packed(f"{out}.bias", {f"{layer}.{name}.bias": (rows,) for name, rows in outs.items()})
+        return self.op("Add", y, added, out=out)
 
     def norm(self, x: str, name: str, size: int, *, out: str) -> str:
         """RMSNorm over the last axis."""
@@ -108,13 +104,10 @@ class Graph:
 
     def add_norm(self, x: str, residual: str, name: str, *, sum_out: str) -> tuple[str, str]:
         """(x + residual, its RMSNorm) in one node; `sum_out` "" where nothing reads the sum."""
-        gamma = self.weight(f"{name}.weight", (self.config.hidden_size,))
+        inputs = (x, residual, self.weight(f"{name}.weight", (self.config.hidden_size,)))
         outs = [f"{name}.out", "", "", sum_out] if sum_out else [f"{name}.out"]
-        epsilon = self.config.rms_norm_eps
-        normed = self.op(
-            "SkipSimplifiedLayerNormalization", x, residual, gamma, out=outs, domain=CONTRIB, epsilon=epsilon
-        )
-        return sum_out, normed
+        options: dict[str, Any] = {"domain": CONTRIB, "epsilon": self.config.rms_norm_eps}
+        return sum_out, self.op("SkipSimplifiedLayerNormalization", *inputs, out=outs, **options)
 
 
 class Cursor(NamedTuple):
@@ -137,9 +130,8 @@ def decoder(g: Graph) -> None:
     normed = g.norm(x, "model.layers.0.input_layernorm", c.hidden_size, out="model.layers.0.input_layernorm.out")
     for i in range(c.num_hidden_layers):
         layer, last = f"model.layers.{i}", i == c.num_hidden_layers - 1
-        x, normed = g.add_norm(
-            x, attention(g, i, normed, at), f"{layer}.post_attention_layernorm", sum_out=f"{layer}.attended"
-        )
+        attended = attention(g, i, normed, at)
+        x, normed = g.add_norm(x, attended, f"{layer}.post_attention_layernorm", sum_out=f"{layer}.attended")
         following = "model.norm" if last else f"model.layers.{i + 1}.input_layernorm"
         x, normed = g.add_norm(x, mlp(g, layer, normed), following, sum_out="" if last else f"{layer}.out")
 
@@ -236,13 +228,11 @@ def write(model: Path, folder: Path, config: Config, metadata: Mapping[str, str]
     Raises:
         DataError: the weights and the config do not fit together, or hold something that the graph would ignore.
     """
-    stored = {name: tensor for file in hf.tensor_files(model) for name, tensor in stored_tensors(file).items()}
     with (folder / WEIGHTS).open("wb") as file:
-        g = Graph(config, stored, ExternalData(file, WEIGHTS))
+        g = Graph(config, model, ExternalData(file, WEIGHTS))
         decoder(g)
-    unread = {
-        name for name in stored.keys() - g.used if not name.endswith(".rotary_emb.inv_freq")
-    }  # no weight of its own
+    # Neither a tied head nor the rotary frequencies that old checkpoints store are weights of their own.
+    unread = {name for name in g.stored.keys() - g.used if not name.endswith(".rotary_emb.inv_freq")}
     unread -= {"lm_head.weight"} if config.tie_word_embeddings else set()
     if unread:
         raise DataError(f"the graph has no place for {len(unread)} tensors, {min(unread)} among them", file=model)
@@ -271,9 +261,8 @@ def inputs(c: Config) -> list[onnx.ValueInfoProto]:
 
 
 def outputs(c: Config) -> list[onnx.ValueInfoProto]:
-    logits = helper.make_tensor_value_info(
-        "logits", TensorProto.FLOAT, ["batch_size", "kept_sequence_length", c.vocab_size]
-    )
+    shape = ["batch_size", "kept_sequence_length", c.vocab_size]
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)
     return [logits, *cache_values(c, "present", "present_sequence_length")]
 
 

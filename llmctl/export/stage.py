@@ -37,9 +37,10 @@ def export_onnx(job: Job) -> Artifact:
     On failure parity.json stays in the run's working folder.
     """
     model, started = job.inputs["model"], time.monotonic()
-    config = models.read_config(model.path)
+    config, tokenizer = models.read_config(model.path), Tokenizer.load(model.path)
+    models.check_vocabulary(config, len(tokenizer), model.path)
     torch.set_num_threads(job.device.threads)
-    tokens, text = gate_text(job, model)
+    tokens, text = gate_text(job, model, tokenizer)
 
     with job.publishing() as staging:
         size = graph.write(model.path, staging.path, config, provenance(model))
@@ -65,10 +66,9 @@ def export_onnx(job: Job) -> Artifact:
         }
         artifact = staging.seal(metrics, logs=("parity.json",))
 
-    figures = (
-        f"parity {report['error']:.1e} · greedy {run['equal']}/{run['tokens']} equal · perplexity {read['change']:+.2%}"
-    )
-    say(job, f"onnx-ort {console.size(size)} · {figures.replace('%', ' %')}", started)
+    same, change = f"greedy {run['equal']}/{run['tokens']} equal", f"perplexity {100 * read['change']:+.2f} %"
+    figures = f"onnx-ort {console.size(size)} · parity {report['error']:.1e} · {same} · {change}"
+    console.stage("export", figures, console.duration(time.monotonic() - started))
     for parting in run["partings"]:
         gap = f"{parting['gap']:.1e} apart (below {parting['limit']:.1e} is a tie)"
         console.detail(f"greedy token {parting['token']} parted where the model's two best logits are {gap}")
@@ -82,28 +82,26 @@ def export_hf(job: Job) -> Artifact:
         size = hf.write(model, staging.path, job.run.name)
         metrics = {"bytes": size, "seconds": round(time.monotonic() - started, 3)}
         artifact = staging.seal(metrics, logs=("README.md",))
-    say(job, f"hf {console.size(size)} · loaded back, bit for bit the model", started)
+    told = f"hf {console.size(size)} · loaded back, bit for bit the model"
+    console.stage("export", told, console.duration(time.monotonic() - started))
     return artifact
 
 
 def provenance(model: Artifact) -> dict[str, str]:
     """What the graph's properties say of its origin."""
-    weights = {
-        name: entry["sha256"] for name, entry in model.manifest["files"].items() if name.endswith(".safetensors")
-    }
-    known = {"llmctl.model": model.identity, "llmctl.stage": model.stage, "llmctl.licence": hf.licence(model.path)}
-    return {
-        **{f"llmctl.sha256.{name}": sha for name, sha in weights.items()},
-        **{key: value for key, value in known.items() if value},
-    }
+    known = {"llmctl.model": model.identity, "llmctl.stage": model.stage}
+    for name, entry in model.manifest["files"].items():
+        if name.endswith(".safetensors"):
+            known[f"llmctl.sha256.{name}"] = entry["sha256"]
+    licence = hf.licence(model.path)
+    return known | ({"llmctl.licence": licence} if licence else {})
 
 
-def gate_text(job: Job, model: Artifact) -> tuple[np.ndarray, str]:
+def gate_text(job: Job, model: Artifact, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
     """Ids of the text that the gate reads, and its name.
 
     `[export] text`, else the validation split of the tokens the model was trained on, else the built-in text.
     """
-    tokenizer = Tokenizer.load(model.path)
     asked = job.recipe.section("export").text
     if asked:
         return tokens_of(tokenizer, asked, job), asked
@@ -111,9 +109,7 @@ def gate_text(job: Job, model: Artifact) -> tuple[np.ndarray, str]:
     if data is not None:
         shards = Shards.open(data.path, "val")
         if len(shards) > 1:
-            return np.asarray(
-                shards[0 : min(len(shards), ENOUGH)], np.int64
-            ), f"the validation split of prep {data.short}"
+            return shards[:ENOUGH], f"the validation split of prep {data.short}"
     return tokens_of(tokenizer, BUILTIN, job), BUILTIN
 
 
@@ -130,18 +126,11 @@ def training_data(model: Artifact | None) -> Artifact | None:
 def tokens_of(tokenizer: Tokenizer, source: str, job: Job) -> np.ndarray:
     """The first tokens of a source, each document between <s> and </s> as in the shards."""
     ids: list[int] = []
+    bos, eos = ([id] if id is not None else [] for id in (tokenizer.bos_id, tokenizer.eos_id))
     for document in sources.documents(source, job.recipe.root, tally=sources.Tally()):
-        ends = [[id] if id is not None else [] for id in (tokenizer.bos_id, tokenizer.eos_id)]
-        ids += [*ends[0], *tokenizer.encode(document.text[: 16 * ENOUGH]), *ends[1]]
+        ids += [*bos, *tokenizer.encode(document.text[: 16 * ENOUGH]), *eos]
         if len(ids) >= ENOUGH:
             break
     if len(ids) < 2:
-        raise DataError(
-            "too little text for the perplexity check", file=source, hint="name a longer one as [export] text"
-        )
+        raise DataError("too little text for the perplexity check", file=source, hint="name more as [export] text")
     return np.array(ids[:ENOUGH], np.int64)
-
-
-def say(job: Job, text: str, started: float) -> None:
-    """The row of this export; a run that exports several variants has a row for each."""
-    console.stage("export", text, console.duration(time.monotonic() - started))

@@ -26,6 +26,7 @@ from llmctl.errors import DataError, UnavailableError
 from llmctl.model import hf
 
 GRAPH = "model.onnx"
+PAST = "past_key_values."
 ERRORS_ONLY = 3  # ONNX Runtime's severity; 2 warns about `logits_to_keep`, whose default is meant
 
 
@@ -45,7 +46,7 @@ class OnnxCache:
             _, *row = buffer.shape()  # (K, max_length, D)
             shape, pointer = [len(lengths), *row], buffer.data_ptr() + 4 * first * math.prod(row)
             place = (buffer.device_name(), 0, np.float32, shape, pointer)
-            self.binding.bind_input(f"past_key_values.{name}", *place)  # the past, and the present that grows in it
+            self.binding.bind_input(f"{PAST}{name}", *place)  # the past, and the present that grows in it
             self.binding.bind_output(f"present.{name}", *place)
 
     @property
@@ -61,9 +62,8 @@ class OnnxCache:
     def rows(self, start: int, stop: int) -> OnnxCache:
         """Some rows; the same view each time, since binding it costs as much as a step of a small model."""
         if (start, stop) not in self.views:
-            self.views[start, stop] = OnnxCache(
-                self.session, self.buffers, self.lengths[start:stop], self.first + start
-            )
+            lengths = self.lengths[start:stop]
+            self.views[start, stop] = OnnxCache(self.session, self.buffers, lengths, self.first + start)
         return self.views[start, stop]
 
     def reset(self) -> None:
@@ -89,20 +89,14 @@ class OnnxRunner:
         """
         config = hf.read_config(folder)
         self.folder, self.device = folder, device
-        self.vocab_size, self.max_length, self.eos_ids = (
-            config.vocab_size,
-            config.max_position_embeddings,
-            config.eos_ids,
-        )
+        self.vocab_size, self.eos_ids = config.vocab_size, config.eos_ids
+        self.max_length = config.max_position_embeddings
         self.session = _session(folder, device)
-        past = {
-            value.name: value.shape for value in self.session.get_inputs() if value.name.startswith("past_key_values.")
-        }
-        self.cache_names = tuple(name.removeprefix("past_key_values.") for name in past)
-        if len(past) != 2 * config.num_hidden_layers:
-            raise DataError(
-                f"has a cache of {len(past)} tensors for {config.num_hidden_layers} layers", file=folder / GRAPH
-            )
+        names = [value.name for value in self.session.get_inputs()]
+        self.cache_names = [name.removeprefix(PAST) for name in names if name.startswith(PAST)]
+        layers = config.num_hidden_layers
+        if len(self.cache_names) != 2 * layers:
+            raise DataError(f"has a cache of {len(self.cache_names)} tensors for {layers} layers", file=folder / GRAPH)
         self.cache_row = (config.num_key_value_heads, config.head_dim)
         overridable = {value.name for value in self.session.get_overridable_initializers()}
         self.keeps_last = "logits_to_keep" in overridable
@@ -111,10 +105,10 @@ class OnnxRunner:
         """Empty buffers for `batch` sequences of up to `max_length` positions (default: the model's)."""
         length, (K, D) = max_length or self.max_length, self.cache_row
         shape = (batch, K, length, D)  # zeros: the system hands out pages only where a row grows
-        place = self.device.kind
-        buffers = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), place, 0) for name in self.cache_names
-        }
+        held = (
+            ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), self.device.kind) for _ in self.cache_names
+        )
+        buffers = dict(zip(self.cache_names, held, strict=True))
         return OnnxCache(self.session, buffers, np.zeros(batch, np.int64))
 
     def forward(
@@ -166,9 +160,8 @@ class OnnxRunner:
         """Checks what the kernels would not: Gather takes a negative id for one from the end."""
         B, T = ids.shape
         if len(cache.lengths) != B or new.shape != (B,) or not T or new.min() < 1 or new.max() > T:
-            raise ValueError(
-                f"{B} rows of {T} tokens do not go with a cache of {len(cache.lengths)} rows and new = {new.tolist()}"
-            )
+            held = len(cache.lengths)
+            raise ValueError(f"{B} rows of {T} tokens do not go with a cache of {held} rows and new = {new.tolist()}")
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"token ids lie outside 0 .. {self.vocab_size - 1}")
         room = min(cache.max_length, self.max_length)
@@ -214,10 +207,8 @@ def check_external_data(graph: Path) -> None:
     nodes = (node for function in model.functions for node in function.node)
     for tensor in (*_tensors(model.graph.initializer, model.graph.node), *_tensors((), nodes)):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            entry = {item.key: item.value for item in tensor.external_data}
-            problem = _outside(
-                graph.parent, entry.get("location", ""), entry.get("offset", "0"), entry.get("length", "0")
-            )
+            entry = {"offset": "0", "length": "0"} | {item.key: item.value for item in tensor.external_data}
+            problem = _outside(graph.parent, entry.get("location", ""), entry["offset"], entry["length"])
             if problem:
                 raise DataError(f"the weights of {tensor.name} {problem}", file=graph, hint="do not use this folder")
 

@@ -240,7 +240,7 @@ def config_from_json(stated: dict[str, Any], file: Path) -> Config:
     heads = _number(stated, "num_attention_heads", int, file)
     width = _number(stated, "hidden_size", int, file)
     theta, scaling = _rope(stated, file)
-    eos = stated.get("eos_token_id")
+    bos, eos, pad = (_ids(stated, f"{name}_token_id", file) for name in ("bos", "eos", "pad"))
     config = Config(
         family=family,
         vocab_size=_number(stated, "vocab_size", int, file),
@@ -257,9 +257,9 @@ def config_from_json(stated: dict[str, Any], file: Path) -> Config:
         tie_word_embeddings=bool(stated.get("tie_word_embeddings", False)),
         attention_bias=bool(stated.get("attention_bias", False)),
         dropout=_number(stated, "dropout", float, file, 0.0),
-        bos_token_id=stated.get("bos_token_id"),
-        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-        pad_token_id=stated.get("pad_token_id"),
+        bos_token_id=bos[0] if bos else None,
+        eos_token_id=eos if len(eos) > 1 else eos[0] if eos else None,
+        pad_token_id=pad[0] if pad else None,
     )
     if problem := impossible(config):
         raise DataError(problem, file=file)
@@ -322,18 +322,23 @@ def _rope(stated: dict[str, Any], file: Path) -> tuple[float, RopeScaling | None
         raise DataError("rope_parameters is not an object", file=file)
     theta = _number({**stated, **rope}, "rope_theta", float, file, 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise DataError(f"rope_type is {kind!r}; llmctl builds default, linear and llama3", file=file)
     if kind == "default":
         return theta, None
     factor = _number(rope, "factor", float, file)
     if kind == "linear":
         return theta, RopeScaling("linear", factor)
-    if kind == "llama3":
-        trained = _number(stated, "max_position_embeddings", int, file)
-        return theta, RopeScaling(
-            "llama3",
-            factor,
-            _number(rope, "low_freq_factor", float, file),
-            _number(rope, "high_freq_factor", float, file),
-            _number(rope, "original_max_position_embeddings", int, file, trained),
-        )
-    raise DataError(f"rope_type is {kind!r}; llmctl builds default, linear and llama3", file=file)
+    low, high = (_number(rope, f"{end}_freq_factor", float, file) for end in ("low", "high"))
+    trained = _number(stated, "max_position_embeddings", int, file)
+    original = _number(rope, "original_max_position_embeddings", int, file, trained)
+    return theta, RopeScaling("llama3", factor, low, high, original)
+
+
+def _ids(stated: dict[str, Any], key: str, file: Path) -> tuple[int, ...]:
+    """The token ids of a field that may be absent, one id, or a list of them; -1 is how old configs spell "none"."""
+    value = stated.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(id, int) for id in ids):
+        raise DataError(f"{key} is {value!r}, but it must be a token id", file=file)
+    return tuple(id for id in ids if id >= 0)

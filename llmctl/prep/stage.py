@@ -21,7 +21,7 @@ from llmctl.text.tokenizer import Tokenizer
 SAMPLES = "samples.jsonl"
 SHOWN = 12  # documents in samples.jsonl
 EXCERPT = 1_000  # characters of a document that are shown
-VOCABULARY_TEXT = 64_000_000  # bytes: more text hardly changes the pieces, and the trainer holds it in memory
+VOCABULARY_TEXT = 32_000_000  # bytes: more text hardly changes the pieces, and the trainer holds it in memory
 BATCH = 4 << 20  # characters encoded at a time
 LITTLE = 100_000  # tokens: a model learns so few by heart
 

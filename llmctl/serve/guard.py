@@ -16,6 +16,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import ipaddress
 from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
@@ -23,12 +24,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmctl.serve.protocol import ApiError
 
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-
 
 def is_loopback(host: str) -> bool:
     """Whether `host` (as `--host` or a Host header names it, without a port) is this machine alone."""
-    return host.lower() in LOOPBACK or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, `127.0.0.1.evil.example` too
+        return host.lower() == "localhost"
 
 
 class Guard:

@@ -136,8 +136,8 @@ def _turn(turn: Any, role_key: str, text_key: str, shown: str, number: int) -> d
     if role is None:
         raise _wrong(f"a turn's {role_key!r} is {said!r}; system, user and assistant are known", shown, number)
     if isinstance(text, list):  # OpenAI's content parts
-        parts = [part.get("text") for part in text if isinstance(part, Mapping)]
-        text = "".join(part for part in parts if isinstance(part, str)) if len(parts) == len(text) else None
+        parts = [part.get("text") if isinstance(part, Mapping) else None for part in text]
+        text = "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else None
     if not isinstance(text, str):
         raise _wrong(f"a turn has no text under {text_key!r}", shown, number)
     return {"role": role, "content": valid(text)}

@@ -25,7 +25,7 @@ from llmctl.text import builtin
 from llmctl.text.jsonl import SKIP_HINT, OnError, Skipper, records, valid
 from llmctl.text.markup import text_of_html
 
-MAX_DOCUMENT = 32 << 20  # characters; what a longer file holds becomes several documents
+MAX_DOCUMENT = 8 << 20  # characters; what a longer file holds becomes several documents
 
 JSONL = frozenset({".jsonl", ".ndjson"})
 HTML = frozenset({".html", ".htm", ".xhtml"})
@@ -251,7 +251,7 @@ def documents(
         if problem is not None:
             if named:
                 raise problem
-            tally.passed_over[_kind(path, problem)] += 1
+            tally.passed_over[kind_of(path, problem)] += 1
             continue
         tally.files += 1
         if by_line:
@@ -268,7 +268,7 @@ def documents(
         )
 
 
-def _kind(path: Path, problem: DataError) -> str:
+def kind_of(path: Path, problem: DataError) -> str:
     """The type under which a file that was passed over is counted."""
     suffix = path.suffix.lower()
     kind = suffix if 1 < len(suffix) <= 8 and suffix[1:].isalpha() else "other"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,8 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llmctl.device import Device
 from llmctl.errors import DataError
-from llmctl.export import graph
+from llmctl.export import graph, parity
+from llmctl.inference.onnx_runner import OnnxRunner
 from llmctl.model import hf
 from llmctl.model.config import Config, RopeScaling
 from llmctl.model.transformer import Decoder
@@ -199,3 +203,22 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, shaped: Shaped) -> 
     assert shots > 10
     assert (folder / graph.WEIGHTS).stat().st_size > 90e6
     assert grown < 25e6  # measured 15 MB for 97 MB, in a buffer of 4 and imports
+
+
+def test_trained_weights_tell_the_known_story(shared_data: Path, tmp_path: Path) -> None:
+    """stories260K: 256 greedy tokens from the beginning equal those of llama2.c, and the gate passes on real text."""
+    model = shared_data / "models" / "stories260K"
+    if not model.is_dir():
+        pytest.skip(f"needs {model}")
+    golden = np.array(json.loads((model / "golden.json").read_text())["greedy_from_bos_256"])
+    config = hf.read_config(model / "hf")
+    graph.write(model / "hf", tmp_path, config, {})
+    shutil.copyfile(model / "hf" / "config.json", tmp_path / "config.json")
+    runner = OnnxRunner(tmp_path, Device("cpu", "test", 1, frozenset()))
+    cache, found = runner.new_cache(), golden[:1].tolist()
+    for _ in golden[1:]:
+        found.append(int(runner.forward(np.array([found[-1:]]), cache)[0, -1].argmax()))
+    assert found == golden.tolist()
+    report = parity.measure(hf.load(model / "hf"), runner, golden, "a story")
+    assert report["passed"]
+    assert report["text"]["torch_perplexity"] < 2  # its own greedy words

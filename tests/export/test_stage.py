@@ -97,18 +97,18 @@ def test_the_text_is_the_one_asked_for_or_a_built_in_one(
     model: Artifact, data: Artifact, job: MakeJob, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     (tmp_path / "mine.txt").write_text("ab" * 30)
-    tokens, name = stage.gate_text(job(model, text="mine.txt"), model)
+    tokens, name = stage.gate_text(job(model, text="mine.txt"), model, tokenizer)
     assert (len(tokens), name) == (62, "mine.txt")  # <s>, 60 characters, </s>
 
     shutil.rmtree(data.path)  # as when runs/ was copied without it
-    tokens, name = stage.gate_text(job(model), model)
+    tokens, name = stage.gate_text(job(model), model, tokenizer)
     assert name == "builtin:python-stdlib"
     assert len(tokens) == stage.ENOUGH
     assert tokens[0] == tokenizer.bos_id
 
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DataError, match=r"empty\.txt"):
-        stage.gate_text(job(model, text="empty.txt"), model)
+        stage.gate_text(job(model, text="empty.txt"), model, tokenizer)
 
 
 def test_data_that_was_made_anew_is_not_the_lineage(model: Artifact, data: Artifact, publish: Publish) -> None:

@@ -1,7 +1,8 @@
-"""A tiny model that has learned a few lines by heart, as a chat model's folder and as a base model's; and a server on it."""
+"""A tiny model that knows a few lines by heart, as a chat model's folder and as a base model's; and a server on it."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,7 +60,8 @@ def _examples(tokenizer: Any, template: ChatTemplate) -> list[list[int]]:
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     texts = [[bos, *tokenizer.encode(text), eos] for text in TEXTS]
     turns = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": reply}] for question, reply in DIALOGUES
+        [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        for question, reply in DIALOGUES
     ]
     return texts + [supervised(template, tokenizer, turn)[0] for turn in turns]
 
@@ -134,21 +136,35 @@ def until(happens: Callable[[], bool], seconds: float = 20.0) -> bool:
     return False
 
 
-class Slowed:
-    """A runner that waits at `gate` before every step, so that a test can look while requests are in flight."""
+class Watched:
+    """A runner that a test can hold, in the middle of a step, and make fail; it remembers the ids it was given."""
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self.gate = threading.Event()
-        self.steps = 0
-        self.fail_on: Callable[[Any], bool] = lambda ids: False
+    def __init__(
+        self, runner: Runner, *, permits: int | None = None, fails: Callable[[list[int]], bool] | None = None
+    ) -> None:
+        self._runner, self._fails = runner, fails
+        self._permits = threading.Semaphore(permits or 0)
+        self._free = permits is None
+        self.seen: list[list[int]] = []  # what each step was given, the step under way included
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
+    def release(self) -> None:
+        """Holds no step any more."""
+        self._free = True
+        self._permits.release()
+
     def forward(self, ids: Any, cache: Any = None, last_only: bool = True) -> Any:
-        self.gate.wait(20)
-        self.steps += 1
-        if self.fail_on(ids):
+        self.seen.append(ids[0].tolist())
+        if not self._free:
+            assert self._permits.acquire(timeout=20), "nobody let this step go on"
+        if self._fails is not None and self._fails(self.seen[-1]):
             raise RuntimeError("a step that fails on cue")
         return self._runner.forward(ids, cache, last_only)
+
+
+def watched(model: Model, **how: Any) -> tuple[Model, Watched]:
+    """The model over a watched runner."""
+    runner = Watched(model.runner, **how)
+    return dataclasses.replace(model, runner=runner), runner

@@ -235,7 +235,7 @@ def test_tokenizers_made_elsewhere_decode_as_their_library_does(
     for text in [*[text[:2000] for text in library[:20]], " <think> naïve 中文😀"]:
         ids = theirs.encode(text).ids
         assert ours.encode(text) == ids
-        assert ours.decode(ids) == theirs.decode(ids) == text
+        assert ours.decode(ids) == theirs.decode(ids)
     assert ours.eos_id not in ours.encode("<|endoftext|>")
     assert theirs.encode("<|endoftext|>").ids[-1] == ours.eos_id
     ours.save(tmp_path)

@@ -1,0 +1,228 @@
+"""The sections on pretraining and finetuning: how the learning went, and what the model wrote on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llmctl import console
+from llmctl.reporting.charts import Level, Line, Point, chart
+from llmctl.reporting.charts import figure as shown
+from llmctl.reporting.markup import Html, data, facts, prose, section, tag
+from llmctl.reporting.story import Part, Story, number, record, say, source_name, word
+
+PRETRAIN = (
+    "Bits per byte: how many bits the model needs for a byte of text it has never seen, so fewer is better and 8 is no "
+    "compression. zlib and xz pack the same bytes; primed xz has seen the training text first, as the model has."
+)
+FINETUNE = (
+    "The model goes on learning, now only the assistant's side of conversations. Bits per byte are those of held-out "
+    "answers; the first point is the model before."
+)
+STEPS = 60  # of samples that the slider holds
+TEXT = 600  # characters of a sample
+NAMES = {"zlib_bits_per_byte": "zlib", "xz_bits_per_byte": "xz", "xz_primed_bits_per_byte": "primed xz"}
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def pretrain(part: Part, story: Story) -> Html:
+    """The section on pretraining."""
+    rows, metrics = list(part.rows("metrics.jsonl")), part.metrics
+    bits = _with_ends(_points(rows, "val_bits_per_byte"), None, metrics, "val_bits_per_byte")
+    loss = _with_ends(_points(rows, "val_loss"), None, metrics, "val_loss")
+    levels = [
+        Level(name, value, "primed" if "primed" in key else "reference")
+        for key, name in NAMES.items()
+        if (value := number(metrics, key)) is not None
+    ]
+    hero = chart("Held-out text", [Line("this model", bits, dots=True)], levels, unit="bits/byte", end=_end(metrics))
+    losses = [Line("training", _points(rows, "train_loss"), "train"), Line("held out", loss, dots=True)]
+    second = chart("Loss", losses, unit="nats a token", end=_end(metrics))
+    charts = [tag("div", hero, second, class_="pair"), _small(rows, part, "pretrain")]
+    plain = [] if rows else [tag("p", "metrics.jsonl could not be read: there are no curves.", class_="missing")]
+    drawn = [tag("div", *charts, class_="charts")] if rows else plain
+    return section("pretrain", "Pretraining", PRETRAIN, *drawn, _pretrain_facts(part, story), *_samples(part, rows))
+
+
+def finetune(part: Part) -> Html:
+    """The section on finetuning."""
+    rows, metrics = list(part.rows("metrics.jsonl")), part.metrics
+    key = "answer_bits_per_byte"
+    bits = _with_ends(_points(rows, key), number(metrics, f"{key}_before"), metrics, key)
+    before = number(metrics, f"{key}_before")
+    levels = [Level("before", before)] if before is not None else []
+    hero = chart("Held-out answers", [Line("this model", bits, dots=True)], levels, unit="bits/byte", end=_end(metrics))
+    loss = chart(
+        "Loss", [Line("training", _points(rows, "train_loss"), "train")], unit="nats a token", end=_end(metrics)
+    )
+    charts = [tag("div", hero, loss, class_="pair"), _small(rows, part, "finetune")]
+    plain = [] if rows else [tag("p", "metrics.jsonl could not be read: there are no curves.", class_="missing")]
+    drawn = [tag("div", *charts, class_="charts")] if rows else plain
+    return section("finetune", "Finetuning", FINETUNE, *drawn, _finetune_facts(part), *_samples(part, rows))
+
+
+def imported(part: Part) -> Html:
+    """The section on a model that was brought in."""
+    origin = ", ".join(map(source_name, part.sources))
+    known = [("from", origin), *shape(part), ("size", console.size(sum(part.files.values())))]
+    return section("import", "Imported model", "Brought in as it was: its weights, config and tokenizer.", facts(known))
+
+
+def _points(rows: Rows, key: str) -> list[Point]:
+    """The values of `key` by step, in order."""
+    found = []
+    for row in rows:
+        step, value = number(row, "step"), number(row, key)
+        if step is not None and value is not None:
+            found.append((step, value))
+    return sorted(found, key=lambda point: point[0])
+
+
+def _with_ends(points: list[Point], first: float | None, metrics: Mapping[str, Any], key: str) -> list[Point]:
+    """The points with the value before the first step, and the one after the last, which stands in the manifest."""
+    last, steps = number(metrics, key), number(metrics, "steps")
+    ends = [(steps, last)] if last is not None and steps is not None and (not points or points[-1][0] < steps) else []
+    return ([(0.0, first)] if first is not None else []) + points + ends
+
+
+def _end(metrics: Mapping[str, Any]) -> float | None:
+    return number(metrics, "steps")
+
+
+def _small(rows: Rows, part: Part, stage: str) -> Html:
+    """The small multiples: learning rate, gradient norm and speed on the same steps."""
+    end = _end(part.metrics)
+    rate = _points(rows, "learning_rate")
+    norm = _points(rows, "gradient_norm")
+    speed = _points(rows, "tokens_per_second")
+    clip = part.setting(stage, "max_grad_norm")
+    limit = [Level("clipped", float(clip))] if isinstance(clip, int | float) and clip > 0 else []
+    mean = number(part.metrics, "tokens_per_second")
+    three = [
+        chart("Learning rate", [Line("learning rate", rate, "plain")], height=120, zero=True, end=end, labels=False,
+              note=f"peak {shown(max(y for _, y in rate))}" if rate else ""),
+        chart("Gradient norm", [Line("gradient norm", norm, "plain")], limit, height=120, zero=True, end=end,
+              labels=False, note=f"clipped at {clip:g}" if limit else ""),
+        chart("Speed", [Line("tokens/s", speed, "plain")], [Level("mean", mean)] if mean else [], unit="tokens/s",
+              height=120, zero=True, end=end, labels=False, note=f"mean {shown(mean)}" if mean else ""),
+    ]
+    return tag("div", *three, class_="three")
+
+
+def shape(part: Part) -> list[tuple[str, str]]:
+    """The model's architecture from its config.json."""
+    config = part.json("config.json")
+    whole = "{:,.0f}".format
+    heads = say(config, "num_attention_heads", "{} heads", whole)
+    groups, size = number(config, "num_key_value_heads"), say(config, "head_dim", " of {}", whole)
+    grouped = f", {groups:.0f} for keys and values" if groups and groups != number(config, "num_attention_heads") else ""
+    layers = say(config, "num_hidden_layers", "{} layers", whole) + say(config, "hidden_size", " × {}", whole)
+    tied = " · input and output embeddings tied" if config.get("tie_word_embeddings") is True else ""
+    return [
+        ("architecture", word(config, "model_type") + tied),
+        ("shape", layers + say(config, "intermediate_size", " · feed-forward {}", whole)),
+        ("attention", heads + size + grouped if heads else ""),
+        ("vocabulary", say(config, "vocab_size", "{} pieces", whole)),
+        ("context", say(config, "max_position_embeddings", "{} tokens", whole)),
+        ("parameters", say(part.metrics, "parameters", "{}", whole)),
+    ]
+
+
+def _work(part: Part, stage: str) -> list[tuple[str, str]]:
+    """What both trainings report of their steps."""
+    metrics, batch = part.metrics, part.setting(stage, "global_batch_size")
+    steps = say(metrics, "steps", "{}", "{:,.0f}".format)
+    skipped = say(metrics, "skipped_steps", ", {} skipped (no finite loss)") if number(metrics, "skipped_steps") else ""
+    each = f" of {batch:,} sequences" if isinstance(batch, int) else ""
+    schedule = part.setting(stage, "lr_scheduler")
+    optimizer = " · ".join(str(name) for name in (part.setting(stage, "optimizer"), schedule) if name)
+    return [
+        ("optimizer", optimizer),
+        ("steps", steps + each + skipped if steps else ""),
+        ("time in steps", say(metrics, "seconds", "{}", console.duration)),
+        ("peak memory", say(metrics, "peak_memory_bytes", "{}", console.size)),
+    ]
+
+
+def _pretrain_facts(part: Part, story: Story) -> Html:
+    metrics, prep = part.metrics, story.part("prep")
+    tokens, there = number(metrics, "tokens"), number(prep.metrics, "train_tokens") if prep is not None else None
+    epochs = f" · {tokens / there:.2g} of the training text" if tokens and there else ""
+    read = say(metrics, "tokens") + (f"{epochs.replace(' of', ' passes over')}" if epochs else "")
+    loss = say(metrics, "val_loss", "{} nats a token", "{:.3f}".format)
+    perplexity = say(metrics, "val_perplexity", " · perplexity {}", "{:,.1f}".format)
+    return facts([*shape(part), ("tokens read", read), ("held-out loss", loss + perplexity), *_work(part, "pretrain")])
+
+
+def _finetune_facts(part: Part) -> Html:
+    metrics, percent = part.metrics, "{:.0%}".format
+    method = part.setting("finetune", "method")
+    rank = part.setting("finetune", "lora_r")
+    known: list[tuple[str, str]] = [
+        ("sources", ", ".join(f"{source_name(name)} {word(found, 'sha256')[:8]}" for name, found in part.sources.items())),
+        ("method", f"LoRA, rank {rank}" if method == "lora" else "all weights" if method == "full" else str(method or "")),
+        ("conversations", say(metrics, "conversations")),
+        ("tokens learned from", say(metrics, "supervised_share", "{} (the assistant's)", percent).replace("%", " %")),
+        ("answers that end by themselves", say(metrics, "answers_ended", "{}", percent).replace("%", " %")),
+    ]
+    return facts([*known, *_work(part, "finetune")])
+
+
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+def _samples(part: Part, rows: Rows) -> list[Html]:
+    """For each prompt, what the model went on with after its first steps, at a step of the reader's choice, at the
+    end.
+    """
+    prompts: dict[str, dict[float, str]] = {}
+    for row in part.rows("samples.jsonl"):
+        step = number(row, "step")
+        if step is not None:
+            prompts.setdefault(word(row, "prompt"), {})[step] = word(row, "text")
+    steps = _chosen(sorted({step for texts in prompts.values() for step in texts}))
+    if not steps:
+        return []
+    middle = steps[len(steps) // 2]
+    picks = list(dict.fromkeys([steps[0], middle, steps[-1]]))
+    bits = {step: value for key in ("val_bits_per_byte", "answer_bits_per_byte") for step, value in _points(rows, key)}
+    last = number(part.metrics, "val_bits_per_byte")
+    if last is not None:
+        bits.setdefault(steps[-1], last)
+    names = [f"step {step:,.0f}" + (f" · {bits[step]:.2f} bits/byte" if step in bits else "") for step in steps]
+    cards = [_card(prompt, texts, picks, middle, dict(zip(steps, names, strict=True))) for prompt, texts in prompts.items()]
+    texts_by_step = [[texts.get(step, "")[:TEXT] for texts in prompts.values()] for step in steps]
+    told = data({"names": names, "texts": texts_by_step})
+    slider = tag(
+        "label",
+        "The middle row shows ",
+        tag("input", type="range", min=0, max=len(steps) - 1, value=len(steps) // 2, step=1).removesuffix("</input>"),
+        tag("output", names[len(steps) // 2]),
+        class_="slider",
+    )
+    lede = "The same beginnings, continued by the model as it learned; it has seen none of them."
+    grid = tag("div", *cards, class_="samples")
+    controls = [slider] if len(steps) > 3 else []
+    return [tag("h3", "What it wrote on the way"), tag("p", lede, class_="lede"), tag("div", *controls, grid, told, class_="scrub")]
+
+
+def _card(
+    prompt: str, texts: Mapping[float, str], picks: Sequence[float], middle: float, names: Mapping[float, str]
+) -> Html:
+    shown_steps = []
+    for step in picks:
+        kind = "scrubbed" if step == middle and len(picks) == 3 else None
+        text = prose(texts[step], TEXT) if step in texts else tag("span", "(no sample)", class_="space")
+        shown_steps.append(tag("div", tag("small", names[step]), tag("p", text), class_=kind))
+    return tag("article", tag("p", prose(prompt, TEXT), class_="prompt"), *shown_steps)
+
+
+def _chosen(steps: Sequence[float], most: int = STEPS) -> list[float]:
+    """At most `most` of the steps, evenly spread, the first and the last among them."""
+    if len(steps) <= most:
+        return list(steps)
+    return [steps[round(index * (len(steps) - 1) / (most - 1))] for index in range(most)]
+
+
+Show = Callable[[float], str]
