@@ -99,14 +99,15 @@ class Artifact:
         manifest_path = path / MANIFEST
         try:
             manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-            if not isinstance(manifest, dict) or not isinstance(manifest["files"], dict):
-                raise ValueError("no files")
-            int(manifest["schema"]), str(manifest["identity"]), str(manifest["place"])
+            if not isinstance(manifest, dict) or not isinstance(manifest["schema"], int):
+                raise ValueError("no schema")
+            if manifest["schema"] <= SCHEMA:
+                _check_shape(manifest)
         except FileNotFoundError:
             raise DataError(
                 "no artifact here (artifact.json is missing)", file=path, hint="llmctl status shows what there is"
             ) from None
-        except (ValueError, KeyError, TypeError, OSError) as reason:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as reason:
             raise DataError(f"the manifest is damaged ({reason})", file=manifest_path, hint=_REMAKE) from None
         if manifest["schema"] > SCHEMA:
             raise DataError(
@@ -124,9 +125,10 @@ class Artifact:
         return artifact
 
     def file(self, name: str) -> Path:
-        """The path of one of the artifact's files; a name never leaves the folder."""
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\0" in name:
+        """The path of one of the artifact's files; a name never leaves the folder, and no link leads out of it."""
+        pure, real = PurePosixPath(name), os.path.realpath
+        inside = not pure.is_absolute() and ".." not in pure.parts and "\0" not in name
+        if not inside or not Path(real(self.path / pure)).is_relative_to(real(self.path)):
             raise DataError(
                 f"the manifest names a file outside its folder: {name!r}",
                 file=self.path / MANIFEST,
@@ -198,6 +200,42 @@ class Artifact:
     def run_path(self) -> Path:
         """The run's folder."""
         return self.path.absolute().parents[len(PurePosixPath(self.place).parts) - 1]
+
+
+_SHAPE: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("version", "seed"), int),
+    **dict.fromkeys(("kind", "stage", "place", "identity"), str),
+    **dict.fromkeys(("metrics", "sections", "sources", "files", "environment", "times"), dict),
+    "inputs": list,
+}
+
+
+def _check_shape(manifest: Mapping[str, Any]) -> None:
+    """Whether a manifest is built as this module reads it.
+
+    Raises:
+        ValueError, KeyError, TypeError: naming the part that is not.
+    """
+    for key, kind in _SHAPE.items():
+        if not isinstance(manifest[key], kind):
+            raise ValueError(f"{key}: {manifest[key]!r}")
+    parts: list[tuple[str, Any, type | tuple[type, ...]]] = [
+        (name, section, dict) for name, section in manifest["sections"].items()
+    ]
+    for name, entry in manifest["files"].items():
+        parts += [(name, entry["bytes"], int), (name, entry["sha256"], str)]
+    for name, entry in manifest["sources"].items():
+        parts += [(name, entry["sha256"], str)]
+    for entry in manifest["inputs"]:
+        parts += [("inputs", entry[key], str) for key in ("role", "identity", "path")]
+    for key in ("started", "seconds"):
+        parts += [("times", manifest["times"][key], (int, float))]
+    for name, value, wanted in parts:
+        if not isinstance(value, wanted):
+            raise ValueError(f"{name}: {value!r}")
+    place = manifest["place"].split("/")
+    if len(place) > 3 or not all(part.strip(".") for part in place):
+        raise ValueError(f"place: {manifest['place']!r}")
 
 
 _REMAKE = "the same command again makes it anew; llmctl verify checks the others"
@@ -326,14 +364,21 @@ class Job:
         staging.mkdir(parents=True)
         try:
             yield Staging(self, staging, target)
-        except OSError as reason:
+        except Exception as reason:
+            if not (isinstance(reason, OSError) or is_write_error_of_safetensors(reason)):
+                raise
             raise RunError(
-                f"cannot write the artifact: {reason.strerror or reason}",
-                file=reason.filename or target,
+                f"cannot write the artifact: {getattr(reason, 'strerror', None) or reason}",
+                file=getattr(reason, "filename", None) or target,
                 hint=_NOTHING_LOST,
             ) from reason
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def is_write_error_of_safetensors(reason: Exception) -> bool:
+    """safetensors has an error of its own, which is no OSError, for a full disk too."""
+    return type(reason).__name__ == "SafetensorError" and "I/O error" in str(reason)
 
 
 _NOTHING_LOST = "make room and run the same command again; what was published before is whole"
@@ -396,9 +441,14 @@ class Staging:
             _sync_folder(path)
         old = self.target.parent / f".old-{self.target.name}"
         shutil.rmtree(old, ignore_errors=True)
-        if self.target.exists():
-            self.target.rename(old)
-        self.path.rename(self.target)
+        try:
+            if self.target.exists():
+                self.target.rename(old)
+            self.path.rename(self.target)
+        except BaseException:  # a signal's, too
+            if old.exists() and not self.target.exists():
+                old.rename(self.target)
+            raise
         _sync_folder(self.target.parent)
         shutil.rmtree(old, ignore_errors=True)
 
@@ -408,7 +458,7 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, ensure_ascii=False, indent=1)
+        json.dump(console.finite(value), stream, ensure_ascii=False, indent=1, allow_nan=False)
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())

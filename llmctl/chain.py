@@ -8,11 +8,13 @@ the data a stage writes: a new llmctl that writes something else counts it up, a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,20 +168,23 @@ def states(made: Recipe, run: Run, wanted: list[Step] | None = None) -> dict[str
 
 
 def _state(made: Recipe, run: Run, step: Step, upstream: Mapping[str, State]) -> State:
+    artifact, damage = None, tuple[str, ...]()
     try:
         artifact = run.artifact(step.place)
-    except DataError as damage:
-        return State("stale", (str(damage),), None, *_settings(made, run, step, upstream, None)[:2])
-    settings, index, absent = _settings(made, run, step, upstream, artifact)
+    except DataError as problem:
+        damage = (str(problem),)
+    try:
+        settings, index, absent = _settings(made, run, step, upstream, artifact)
+    except DataError as problem:  # a source that is needed and can't be read; making the step raises it
+        return State("missing" if artifact is None else "stale", (*damage, str(problem)), artifact)
+    behind = "unfinished" if _started(run, step) else "missing" if artifact is None and not damage else "stale"
     if artifact is None:
-        started = _read_json(run.work(step.place) / "settings.json") if step.stage.resumes else None
-        return State("unfinished" if started else "missing", (), None, settings, index)
+        return State(behind, damage, None, settings, index)
     if settings is None:
-        return State("stale", ("its input is not up to date",), artifact, None, index)
+        return State(behind, ("its input is not up to date",), artifact, None, index)
     reasons = difference(artifact.manifest, settings, index, _index(run, step.place))
     if reasons:
-        started = _read_json(run.work(step.place) / "settings.json") if step.stage.resumes else None
-        return State("unfinished" if started else "stale", tuple(reasons), artifact, settings, index)
+        return State(behind, tuple(reasons), artifact, settings, index)
     if absent:
         return State("unverifiable", (f"not here: {', '.join(absent)}",), artifact, settings, index)
     return State("up to date", (), artifact, settings, index)
@@ -208,12 +213,17 @@ def _settings(
         if source is None:
             return None, {}, []
         inputs[role] = source.identity
-    sections = {name: made.section(name).declared() for name in step.stage.sections}
-    if step.format:
-        sections["export"] = {**sections["export"], "formats": [step.format]}
+    sections = _sections(made, step)
     files, index, absent = _scan(made, run, step, artifact)
     settings = Settings(step.stage.kind, step.stage.name, step.stage.version, made.seed, sections, inputs, files)
     return settings, index, absent
+
+
+def _sections(made: Recipe, step: Step) -> dict[str, Any]:
+    sections: dict[str, Any] = {name: made.section(name).declared() for name in step.stage.sections}
+    if step.format:
+        sections["export"] |= {"formats": [step.format]}
+    return sections
 
 
 def source_names(made: Recipe, step: Step) -> list[str]:
@@ -240,10 +250,14 @@ def _scan(
     """
     known, files, index, absent = _index(run, step.place), {}, {}, []
     for name in source_names(made, step):
+        old = {path: sources.SourceFile(path, *entry) for path, entry in known.get(name, {}).items()}
         try:
-            found = sources.scan(
-                name, made.root, {path: sources.SourceFile(path, *entry) for path, entry in known.get(name, {}).items()}
-            )
+            if made.model is not None and name == made.model.source:
+                found = _scan_model(name, made.root, old, MODEL_FILES)
+            elif made.prep is not None and name == made.prep.tokenizer.source:
+                found = _scan_model(name, made.root, old, TOKENIZER_FILES)
+            else:
+                found = sources.scan(name, made.root, old)
         except DataError:
             if artifact is None or name not in artifact.manifest["sources"] or (made.root / name).exists():
                 raise
@@ -252,6 +266,34 @@ def _scan(
         files[name] = {file.path: file.sha256 for file in found}
         index[name] = {file.path: [file.bytes, file.mtime_ns, file.inode, file.sha256] for file in found}
     return files, index, absent
+
+
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", "*.jinja", "LICENSE*")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+
+
+def _scan_model(
+    name: str, root: Path, known: Mapping[str, sources.SourceFile], patterns: tuple[str, ...]
+) -> list[sources.SourceFile]:
+    """The files of a model's folder that make it what it is: weights too, which no text source would read."""
+    folder = root / Path(name).expanduser()
+    if not folder.is_dir():
+        return sources.scan(name, root, known)
+    wanted = patterns if patterns == TOKENIZER_FILES else patterns + TOKENIZER_FILES
+    files = {path for pattern in wanted for path in folder.glob(pattern) if path.is_file() and path.stat().st_size}
+    return [file for path in sorted(files) for file in sources.scan(str(Path(name) / path.name), root, known)]
+
+
+def _started(run: Run, step: Step) -> dict[str, Any] | None:
+    """The settings of an unfinished training. Those of the artifact itself are leftovers of a finished one: none."""
+    found = _read_json(run.work(step.place) / "settings.json") if step.stage.resumes else None
+    with contextlib.suppress(DataError):
+        artifact = run.artifact(step.place) if found is not None else None
+        if found is not None and artifact is not None:
+            inputs = {entry["role"]: entry["identity"] for entry in artifact.inputs}
+            same = all(artifact.manifest[key] == found.get(key) for key in ("version", "seed", "sections"))
+            return None if same and inputs == found.get("inputs") else found
+    return found
 
 
 def _index(run: Run, place: str) -> dict[str, Any]:
@@ -327,11 +369,16 @@ def _which(before: Mapping[str, Any], now: Mapping[str, str]) -> str:
 # ------------------------------------------------------------------------------------------------------------- making
 
 
-def make(made: Recipe, run: Run, goal: list[Step], options: Options) -> list[tuple[Step, Artifact, bool]]:
+def make(
+    made: Recipe, run: Run, goal: list[Step], options: Options, asked: Collection[str] | None = None
+) -> list[tuple[Step, Artifact, bool]]:
     """Makes the steps of `goal` that are not up to date, in order: (step, artifact, whether it was made now).
 
+    `asked` are the places that the command itself is about, to which --rebuild applies; by default all of `goal`.
+
     Raises:
-        UsageError: an upstream or an expensive remake that was not allowed, an unfinished training with other settings.
+        UsageError: an expensive remake that was not allowed, an unfinished training with other settings or other data;
+            before anything is touched.
         GateError: a metric that `[eval.require]` asks for was missed.
     """
     from llmctl import device
@@ -340,16 +387,23 @@ def make(made: Recipe, run: Run, goal: list[Step], options: Options) -> list[tup
         if not options.dry_run:
             held.enter_context(run.lock(options.wait_lock))
         chosen = device.pick(options.device)
+        again = {step.place for step in goal if asked is None or step.place in asked} if options.rebuild else set()
+        goal = _as_started(made, run, goal)
+        _refuse_all(made, run, goal, again)
         done: list[tuple[Step, Artifact, bool]] = []
         before: dict[str, State] = {}
         for step in goal:
             if options.deadline is not None and time.monotonic() >= options.deadline:
                 raise TimeUp(f"--max-time is over before {step.place}", hint="the same command again goes on from here")
             state = _state(made, run, step, before)
-            remake = not state.usable or (options.rebuild and step is goal[-1] and len(goal) == 1)
+            remake = not state.usable or step.place in again
             if options.dry_run:
                 _announce(step, state, remake)
             elif remake:
+                if step.place in again:
+                    _drop(run, step)
+                else:
+                    _refuse(made, run, step, state, [])
                 artifact = _run_step(made, run, step, state, chosen, options)
                 state = State("up to date", (), artifact, state.settings)
                 done.append((step, artifact, True))
@@ -369,13 +423,14 @@ def _announce(step: Step, state: State, remake: bool) -> None:
 
 
 def _run_step(made: Recipe, run: Run, step: Step, state: State, chosen: Device, options: Options) -> Artifact:
-    if state.settings is None:
-        missing = next(place for place in step.inputs.values() if run.artifact(place) is None)
-        raise UsageError(
-            f"{step.place} needs {missing}, which is not there", hint=f"llmctl {missing.split('/')[0]} makes it"
-        )
-    _allow(made, run, step, state, state.settings, options)
     inputs = {role: _input(run, place) for role, place in step.inputs.items()}
+    if state.settings is None:
+        _scan(made, run, step, state.artifact)  # raises what is wrong with a source
+        raise UsageError(f"{step.place} has an input that is not up to date", hint=f"llmctl run {_named(made, run)}")
+    if state.word == "stale":
+        console.say(f"{step.place} is stale: {'; '.join(state.reasons)}")
+    if _started(run, step) is None:
+        _sweep(run, step)
     job = Job(made, run, step.place, state.settings, inputs, chosen, state.index, options.deadline)
     write_resolved(made, run, options)
     if step.stage.resumes:
@@ -404,35 +459,79 @@ def _input(run: Run, place: str) -> Artifact:
     return artifact
 
 
-def _allow(made: Recipe, run: Run, step: Step, state: State, settings: Settings, options: Options) -> None:
-    """Whether a step may be (re)made; says what will happen and why."""
-    work = run.work(step.place)
-    started = _read_json(work / "settings.json") if step.stage.resumes else None
-    if state.artifact is not None and state.word == "stale" and not started:
-        console.say(f"{step.place} is stale: {'; '.join(state.reasons)}")
-        cost = float(state.artifact.manifest["times"]["seconds"])
-        if cost > EXPENSIVE and not options.rebuild:
-            raise UsageError(
-                f"{step.place} is stale and took {console.duration(cost)} to make",
-                file=run.path / step.place,
-                hint="add --rebuild to make it again",
-            )
+def _as_started(made: Recipe, run: Run, goal: list[Step]) -> list[Step]:
+    """Where the run itself was named, not a recipe: an unfinished training goes on with the inputs that it was started
+    with, whatever has become of their sources.
+    """
+    for step in reversed(goal) if made.origin is not None else ():
+        started = _started(run, step)
+        if started is None or not step.inputs:
+            continue
+        with contextlib.suppress(DataError):
+            found = {role: run.artifact(place) for role, place in step.inputs.items()}
+            if {role: made.identity for role, made in found.items() if made} == started.get("inputs"):
+                before = upstream(goal, step.place)[:-1]
+                return [other for other in goal if other not in before]
+    return goal
+
+
+def _refuse_all(made: Recipe, run: Run, goal: list[Step], again: Collection[str]) -> None:
+    """Refuses before a cheap input is made anew what would be refused after it."""
+    changed: dict[str, list[str]] = {}
+    for step, state in states(made, run, goal).values():
+        inherited = [reason for place in step.inputs.values() for reason in changed.get(place, ())]
+        if step.place not in again:
+            _refuse(made, run, step, state, inherited)
+        known = state.artifact is not None and state.word == "stale" and state.settings is not None
+        changed[step.place] = inherited or [f"{step.place}: {reason}" for reason in state.reasons if known]
+
+
+def _refuse(made: Recipe, run: Run, step: Step, state: State, inherited: list[str]) -> None:
+    """Raises UsageError where a step may not be made unasked. `inherited`: why its inputs will be others."""
+    started, named = _started(run, step), _named(made, run)
+    again = f"llmctl {step.stage.name} {named} --rebuild"
     if started is None:
+        cost = _cost(run, step)
+        if state.word == "stale" and cost > EXPENSIVE and (inherited or state.settings is not None):
+            why = "; ".join(inherited or state.reasons)
+            message = f"{step.place} is stale ({why}) and took {console.duration(cost)} to make"
+            raise UsageError(message, file=run.path / step.place, hint=f"{again} makes it again")
         return
-    if options.rebuild:
-        console.note(f"starting {step.place} over; its unfinished work is dropped")
-        shutil.rmtree(work)
-        return
-    reasons = difference(started, settings, state.index, started.get("index", {}))
-    if reasons:
+    settings = state.settings
+    if settings is None:  # an input will be made first
+        old = started.get("sections", {})
+        own = [line for name, now in _sections(made, step).items() for line in _changed(f"[{name}]", old[name], now)]
+        gone = False
+    else:
+        own = difference(started, settings, state.index, started.get("index", {}))
+        gone = own != difference(started, dataclasses.replace(settings, sources={}), {}, {})
+    if reasons := [*own, *inherited]:
+        go_on = [] if gone or made.origin else [f"go on as it was: llmctl {step.stage.name} {run.path}"]
         lines = "\n".join(f"   {reason}" for reason in reasons)
         raise UsageError(
-            f"the unfinished {step.place} in {run.path} was started with other settings:\n{lines}\nNothing was "
-            f"touched.",
-            file=made.file.name,
-            hint=f"go on as it was: llmctl {step.stage.name} {run.path} · start over: add --rebuild · train "
-            f"beside it: change `name`",
+            f"the unfinished {step.place} in {run.path} was started with other settings:\n{lines}\n"
+            "Nothing was touched.",
+            file=named,
+            hint=" · ".join([*go_on, f"start over: {again}", "train beside it: change `name`"]),
         )
+
+
+def _cost(run: Run, step: Step) -> float:
+    """The seconds that the artifact took, whole or damaged; 0 where nobody knows."""
+    times = (_read_json(run.path / step.place / MANIFEST) or {}).get("times")
+    found = times.get("seconds") if isinstance(times, dict) else None
+    return float(found) if isinstance(found, (int, float)) else 0.0
+
+
+def _named(made: Recipe, run: Run) -> str:
+    """What a next command would call it: the recipe, or the run where that was named."""
+    return str(run.path if made.origin is not None else made.file)
+
+
+def _drop(run: Run, step: Step) -> None:
+    if _started(run, step) is not None:
+        console.note(f"starting {step.place} over; its unfinished work is dropped")
+    _sweep(run, step)
 
 
 def _sweep(run: Run, step: Step) -> None:
@@ -457,7 +556,7 @@ def point_current(run: Run) -> None:
     """Lets `runs/current` name this run: what a command without a target means."""
     if run.path.parent.name != "runs":
         return
-    link, temporary = run.path.parent / "current", run.path.parent / ".current.tmp"
+    link, temporary = run.path.parent / "current", run.path.parent / f".current.{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(run.path.name)
     temporary.replace(link)

@@ -10,6 +10,7 @@ JSON. A reader that closes the pipe silences us: it never ends the work.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from llmctl.errors import LlmctlError
+from llmctl.errors import LlmctlError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,7 +64,7 @@ def configure(
             events.parent.mkdir(parents=True, exist_ok=True)
             _state.events = events.open("a", encoding="utf-8")
         except OSError as reason:
-            raise LlmctlError(
+            raise UsageError(
                 f"cannot write events: {reason.strerror}", file=events, hint="name a file that can be written"
             ) from reason
 
@@ -102,7 +103,13 @@ def _rich() -> Console:
     if _state.rich is None:
         from rich.console import Console
 
-        _state.rich = Console(stderr=_state.to_stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        class Outlasting(Console):
+            """A console that outlasts its reader: rich itself would end the program."""
+
+            def on_broken_pipe(self) -> None:
+                _silence()
+
+        _state.rich = Outlasting(stderr=_state.to_stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
     return _state.rich
 
 
@@ -112,10 +119,7 @@ def _write(text: str, style: str = "", *, always: bool = False) -> None:
         _state.log.flush()
     if _state.silenced or (_state.quiet and not always):
         return
-    try:
-        _rich().print(text, style=style or None)
-    except BrokenPipeError:
-        _silence()
+    _rich().print(text, style=style or None)
 
 
 def _silence() -> None:
@@ -203,9 +207,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def event(kind: str, **fields: Any) -> None:
     """One JSON line in the file of `--events`; nothing without one."""
     if _state.events is not None:
-        _state.events.write(
-            json.dumps({"time": round(time.time(), 3), "event": kind, **fields}, ensure_ascii=False) + "\n"
-        )
+        _state.events.write(_json({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
         _state.events.flush()
 
 
@@ -213,12 +215,25 @@ def result(document: dict[str, Any]) -> None:
     """The one document of `--json`; silent otherwise."""
     event("result", **document)
     if _state.json:
-        raw(json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+        raw(_json(document, indent=2) + "\n")
 
 
 def document(value: Any) -> None:
     """A JSON document that is the command's whole answer, whatever the flags (`llmctl init --schema`)."""
-    raw(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    raw(_json(value, indent=2) + "\n")
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """The value with null for NaN and infinities, which JSON does not have and strict readers choke on."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def error(problem: LlmctlError) -> None:
@@ -235,9 +250,13 @@ def error(problem: LlmctlError) -> None:
 
 def _annotate(kind: str, message: str, file: str | None, line: int | None) -> None:
     """A GitHub Actions annotation (workflow commands), on stderr so that stdout stays one document."""
-    place = ",".join(f"{key}={value}" for key, value in (("file", file), ("line", line)) if value is not None)
-    escaped = message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-    sys.stderr.write(f"::{kind} {place}::{escaped}\n" if place else f"::{kind}::{escaped}\n")
+
+    def escaped(text: object, more: str = "") -> str:
+        return "".join(f"%{ord(letter):02X}" if letter in "%\r\n" + more else letter for letter in str(text))
+
+    named = ((key, value) for key, value in (("file", file), ("line", line)) if value is not None)
+    place = ",".join(f"{key}={escaped(value, ':,')}" for key, value in named)
+    sys.stderr.write(f"::{kind} {place}::{escaped(message)}\n" if place else f"::{kind}::{escaped(message)}\n")
 
 
 class Progress:
@@ -310,7 +329,7 @@ def count(number: float) -> str:
 
 def duration(seconds: float) -> str:
     """`0.4 s`, `11 s`, `6 min 06 s`, `2 h 05 min`."""
-    if seconds < 10:
+    if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:

@@ -48,7 +48,8 @@ class Device:
 
     def describe(self) -> str:
         """`cpu, 2 threads` or the GPU's name."""
-        return f"cpu, {self.threads} threads" if self.kind == "cpu" else self.name
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"cpu, {threads}" if self.kind == "cpu" else self.name
 
 
 def pick(wanted: str = "auto") -> Device:

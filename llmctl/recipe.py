@@ -31,6 +31,9 @@ from pydantic_core import CoreSchema, ErrorDetails, PydanticUndefined, core_sche
 from llmctl.errors import RecipeError
 
 
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
 
 class _OneOrMany:
     """Of a tuple: a single value stands for a list of one, in the recipe as in its JSON Schema."""
@@ -396,10 +399,6 @@ _SECTION_TYPES: dict[str, type[Section]] = {
     "export": ExportSection,
     "serve": ServeSection,
 }
-
-
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 # ------------------------------------------------------------------------------------------------------------ reading

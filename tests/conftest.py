@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as llmctl itself does (cli.main); before torch is imported
+
 from tests import project
 from tests.project import Project
 from tests.warm import Warm
@@ -42,11 +44,11 @@ def _finished(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture
 def fresh(warm: Warm, tmp_path: Path) -> Project:
     """A project in which nothing has run yet."""
-    project.write(tmp_path / "project")
-    return Project(tmp_path / "project", warm)
+    project.write(tmp_path / "fresh")
+    return Project(tmp_path / "fresh", warm)
 
 
 @pytest.fixture
 def finished(_finished: Project, tmp_path: Path) -> Project:
     """A copy of a project whose whole chain has run: the test may break it."""
-    return project.copy(_finished, tmp_path / "project")
+    return project.copy(_finished, tmp_path / "finished")

@@ -66,7 +66,10 @@ def export_onnx(job: Job) -> Artifact:
         }
         artifact = staging.seal(metrics, logs=("parity.json",))
 
-    same, change = f"greedy {run['equal']}/{run['tokens']} equal", f"perplexity {100 * read['change']:+.2f} %"
+    same, change = (
+        f"greedy {run['equal']}/{run['tokens']} equal",
+        f"perplexity {round(100 * read['change'], 2) + 0.0:+.2f} %",
+    )
     figures = f"onnx-ort {console.size(size)} · parity {report['error']:.1e} · {same} · {change}"
     console.stage("export", figures, console.duration(time.monotonic() - started))
     for parting in run["partings"]:

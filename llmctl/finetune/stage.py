@@ -71,7 +71,7 @@ def finetune(job: Job) -> Artifact:
     with stop, console.progress("finetune", total=plan.steps, unit="steps") as live:
         for step in steps:
             session.follow(state, step)
-            live.update(step.number, loop.live_text(step, plan.steps, bits, state.tokens / state.seconds))
+            live.update(step.number, loop.live_text(step, plan.steps, bits))
             last = step.number == plan.steps
             if not last and plan.eval_every and step.number % plan.eval_every == 0:
                 bits = answers.score(TorchRunner.of(model), tokenizer, template, probe).bits_per_byte

@@ -154,7 +154,7 @@ def truncated(scores: npt.NDArray[np.float64], sampling: Sampling) -> npt.NDArra
         scores = np.where(scores < kth, -np.inf, scores)
     probabilities: npt.NDArray[np.float64] = np.exp(scores - scores.max())
     if sampling.top_p < 1.0:
-        order = np.argsort(-probabilities, kind="stable")
+        order = np.argsort(-scores, kind="stable")  # scores: two that differ may have one probability
         ends = probabilities[order].cumsum()
         # A token stays where those before it do not yet reach top_p: the first always does.
         beyond = ends - probabilities[order] >= sampling.top_p * ends[-1]

@@ -7,9 +7,12 @@ returns each rule it used as a sentence, so that nothing is chosen behind the us
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from llmctl.errors import RecipeError
+
+if TYPE_CHECKING:
+    from llmctl.recipe import ModelSection
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,37 +88,6 @@ class Config:
         block += 2 * self.head_dim * self.qk_norm + (attention + 2 * key_value + width) * self.attention_bias
         embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * block + width
-
-
-class ModelSection(Protocol):
-    """What `derive` reads of the recipe's `[model]`. Zero or None means: derive it."""
-
-    @property
-    def family(self) -> str: ...
-    @property
-    def depth(self) -> int | None: ...
-    @property
-    def hidden_size(self) -> int | None: ...
-    @property
-    def intermediate_size(self) -> int | None: ...
-    @property
-    def num_hidden_layers(self) -> int | None: ...
-    @property
-    def num_attention_heads(self) -> int | None: ...
-    @property
-    def num_key_value_heads(self) -> int | None: ...
-    @property
-    def head_dim(self) -> int | None: ...
-    @property
-    def tie_word_embeddings(self) -> bool | None: ...
-    @property
-    def rope_theta(self) -> float | None: ...
-    @property
-    def rms_norm_eps(self) -> float | None: ...
-    @property
-    def max_seq_length(self) -> int: ...
-    @property
-    def dropout(self) -> float: ...
 
 
 def derive(

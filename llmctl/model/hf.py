@@ -58,6 +58,7 @@ def save(model: Decoder, tokenizer: Saves | Path, folder: Path, dtype: str = "fp
     config = model.config
     write_json(folder / "config.json", config_to_json(config, dtype))
     write_json(folder / "generation_config.json", generation_to_json(config))
+    assert not any(".lora_" in name for name in model.state_dict()), "merge the adapter first"
     state = {name: t.detach().to("cpu", DTYPES[dtype]).contiguous() for name, t in model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     if isinstance(tokenizer, Path):

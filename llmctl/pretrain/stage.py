@@ -61,7 +61,7 @@ def pretrain(job: Job) -> Artifact:
     with stop, console.progress("pretrain", total=plan.steps, unit="steps") as live:
         for step in steps:
             session.follow(state, step)
-            live.update(step.number, loop.live_text(step, plan.steps, bits, state.tokens / state.seconds))
+            live.update(step.number, loop.live_text(step, plan.steps, bits))
             last = step.number == plan.steps
             if not last and plan.eval_every and step.number % plan.eval_every == 0:
                 score = scoring.score(
@@ -106,7 +106,8 @@ def _model(job: Job, tokenizer: Tokenizer, train: Shards) -> tuple[Decoder, list
     """A fresh model of the recipe's shape, or the one `[model] from` brought in."""
     start = job.inputs.get("model")
     if start is None:
-        config, formulas = shapes.derive(job.recipe.section("model"), len(tokenizer))
+        ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+        config, formulas = shapes.derive(job.recipe.section("model"), len(tokenizer), **ids)
         if len(train) <= config.max_position_embeddings:
             raise DataError(
                 f"the context ({config.max_position_embeddings:,} tokens) is longer than the training text "

@@ -69,7 +69,7 @@ def ticks(low: float, high: float, about: int) -> list[float]:
         return [low]
     rough = span / about
     power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= 0.75 * rough)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
 
@@ -89,6 +89,12 @@ def figure(value: float) -> str:
     return _minus(f"{digits}e{int(exponent)}" if exponent else digits)
 
 
+def small(value: float) -> str:
+    """An error far below one: `5.8e−7`."""
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits}e{_minus(str(int(exponent)))}"
+
+
 def _minus(text: str) -> str:
     return text.replace("-", "−")
 
@@ -97,8 +103,9 @@ def _ticked(value: float, step: float) -> str:
     """A tick with the digits that its distance to the next one asks for, and no more."""
     if abs(value) >= 10_000 or step >= 1_000:
         return figure(value) if value else "0"
-    if step < 1e-3 and value:
-        return figure(float(f"{value:.6g}"))
+    if step < 1e-2 and value:
+        digits, _, exponent = f"{value:.1e}".partition("e")
+        return _minus(f"{digits.removesuffix('.0')}e{int(exponent)}")
     return _minus(f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}") if value else "0"
 
 
@@ -143,8 +150,8 @@ def chart(
     height: int = 260,
     zero: bool = False,
     end: float | None = None,
-    labels: bool = True,
-    note: str = "",
+    written: Callable[[float], str] = figure,
+    note: str | None = None,
 ) -> Html:
     """A chart with ticks and labels of its own; nothing where no line has a point.
 
@@ -152,40 +159,40 @@ def chart(
         height: of the plot, in pixels.
         zero: whether the y axis begins at zero; else it holds what was measured, with some air.
         end: the last step of the x axis; else the last that was measured.
-        labels: whether lines are named at their right end (else the title names the only one).
-        note: a figure for the caption, shown until a reader points at the plot.
+        written: how the values are written.
+        note: a figure for the caption of a chart of one line, which is not named at its end then.
     """
     lines = [line for line in lines if line.points]
     if not lines:
         return Html("")
     xs = [x for line in lines for x, _ in line.points]
     across = scale(min(0.0, *xs), max(1.0, end or 0.0, *xs), 5)
-    up, small = _y_scale(lines, levels, zero, height), height < 200
-    marks = [_level(level, up) for level in levels] + [_line(line, across, up) for line in lines]
+    up = _y_scale(lines, levels, zero, height)
+    marks = [tag("path", d="".join(f"M0 {place:.1f}H{SIDE}" for place, _ in up.marks), class_="grid")]
+    marks += [_level(level, up) for level in levels] + [_line(line, across, up) for line in lines]
     svg = tag(
         "svg",
         *marks,
         viewBox=f"0 0 {SIDE} {SIDE}",
         preserveAspectRatio="none",
         role="img",
-        aria_label=_in_words(title, unit, lines, levels),
+        aria_label=_in_words(title, unit, lines, levels, written),
     )
     y_ticks = [
         tag("span", text, class_="y", style=f"top:{place / SIDE * height:.0f}px", aria_hidden="true")
         for place, text in up.marks
     ]
     x_ticks = [
-        tag("span", text, class_="x", style=f"left:{place / SIDE:.2%}", aria_hidden="true")
-        for place, text in across.marks
+        tag("span", text if index else f"step {text}", class_="x", style=f"left:{place / SIDE:.2%}", aria_hidden="true")
+        for index, (place, text) in enumerate(across.marks)
     ]
-    named = _labels(lines, levels, up, height) if labels else []
-    readout = tag("span", note or (f"{figure(lines[0].points[-1][1])}" if not labels else ""), class_="readout")
+    named = _labels(lines, levels, up, height, written) if note is None else []
     plot = tag(
         "div", svg, *y_ticks, *x_ticks, *named, tag("i", class_="cursor"), class_="plot", style=f"height:{height}px"
     )
-    caption = tag("figcaption", tag("b", title), *([f" {unit}"] if unit else []), readout)
-    kind = "chart small" if small else "chart"
-    return tag("figure", caption, plot, _data(lines, across), class_=kind if labels else f"{kind} bare")
+    caption = tag("figcaption", tag("b", title), f" {unit}", tag("span", note or "", class_="readout"))
+    kind = "chart" if note is None else "chart bare"
+    return tag("figure", caption, plot, _data(lines, across, written), class_=kind)
 
 
 def _y_scale(lines: Sequence[Line], levels: Sequence[Level], zero: bool, height: int) -> Scale:
@@ -196,7 +203,7 @@ def _y_scale(lines: Sequence[Line], levels: Sequence[Level], zero: bool, height:
     low, high = min(values), max(values)
     air = 0.06 * ((high - low) or abs(high) or 1.0)
     bottom = 0.0 if zero and low >= 0 else low - air
-    return scale(bottom, high + air, max(2, height // 55), down=True)
+    return scale(bottom, high + air, max(3, height // 45), down=True)
 
 
 def _line(line: Line, across: Scale, up: Scale) -> Html:
@@ -223,15 +230,17 @@ def _level(level: Level, up: Scale) -> Html:
     return tag("path", d=f"M0 {up.place(level.value):.1f}H{SIDE}", class_=f"level {level.tone}")
 
 
-def _labels(lines: Sequence[Line], levels: Sequence[Level], up: Scale, height: int) -> list[Html]:
+def _labels(
+    lines: Sequence[Line], levels: Sequence[Level], up: Scale, height: int, written: Callable[[float], str]
+) -> list[Html]:
     """Names and last values at the right edge, moved apart where they would lie on each other."""
     ends = [(up.place(line.points[-1][1]), line.name, line.points[-1][1], line.tone) for line in lines]
     ends += [(up.place(level.value), level.name, level.value, level.tone) for level in levels]
     ends.sort(key=lambda end: end[0])
     wanted = [end[0] / SIDE * height for end in ends]
     return [
-        tag("span", name, " ", tag("b", figure(value)), class_=f"label {tone}", style=f"top:{top:.0f}px")
-        for (_, name, value, tone), top in zip(ends, spread(wanted, LABEL, height), strict=True)
+        tag("span", name, " ", tag("b", written(value)), class_=f"label {tone}", style=f"top:{top:.0f}px")
+        for (_, name, value, tone), top in zip(ends, spread(wanted, LABEL, height - LABEL / 2), strict=True)
     ]
 
 
@@ -247,7 +256,7 @@ def spread(wanted: Sequence[float], gap: float, height: float) -> list[float]:
     return places
 
 
-def _data(lines: Sequence[Line], across: Scale) -> Html:
+def _data(lines: Sequence[Line], across: Scale, written: Callable[[float], str]) -> Html:
     """What the page's script shows where a reader points: for each line its places, steps and values."""
     shown = []
     for line in lines:
@@ -257,18 +266,20 @@ def _data(lines: Sequence[Line], across: Scale) -> Html:
                 "name": line.name,
                 "at": [round(across.place(bucket.x) / SIDE, 4) for bucket in buckets],
                 "x": [round(bucket.x) for bucket in buckets],
-                "y": [figure(bucket.mean) for bucket in buckets],
+                "y": [written(bucket.mean) for bucket in buckets],
             }
         )
     return data(shown)
 
 
-def _in_words(title: str, unit: str, lines: Sequence[Line], levels: Sequence[Level]) -> str:
+def _in_words(
+    title: str, unit: str, lines: Sequence[Line], levels: Sequence[Level], written: Callable[[float], str]
+) -> str:
     """What a reader who can't see the chart is told."""
     said = [
-        f"{line.name} from {figure(line.points[0][1])} at step {line.points[0][0]:,.0f} "
-        f"to {figure(line.points[-1][1])} at step {line.points[-1][0]:,.0f}"
+        f"{line.name} from {written(line.points[0][1])} at step {line.points[0][0]:,.0f} "
+        f"to {written(line.points[-1][1])} at step {line.points[-1][0]:,.0f}"
         for line in lines
     ]
-    said += [f"{level.name} {figure(level.value)}" for level in levels]
+    said += [f"{level.name} {written(level.value)}" for level in levels]
     return f"{title}{f' ({unit})' if unit else ''}: {'; '.join(said)}"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llmctl import console
-from llmctl.reporting.charts import SIDE
-from llmctl.reporting.markup import Html, tag
+from llmctl.reporting.charts import SIDE, small
+from llmctl.reporting.markup import Html, section, tag
 from llmctl.reporting.story import Part, Story, number, say, source_name, word
 
 NODE, ROW, ROOF = 104, 128, 30  # pixels: a node's height, from one row to the next, above them for the arcs
+LEDE = "What was made from what. Eight digits name an artifact; the bar is its share of the time."
+SOURCES = 4  # of one part that have a node each
 SHARE = 0.84  # of a column that its node takes
 
 
@@ -33,11 +36,11 @@ class Edge:
 
     source: str
     target: str
-    outdated: bool = False  # from what lay there before
+    kind: str = ""  # outdated: from what lay there before; presumed: its manifest can't be read
 
 
 def draw(story: Story) -> Html:
-    """The drawing."""
+    """The section."""
     nodes, edges = graph(story)
     columns = max(node.column for node in nodes.values()) + 1
     width = 100 / (columns - 1 + SHARE)
@@ -55,7 +58,8 @@ def draw(story: Story) -> Html:
     )
     longest = sum(part.seconds for part in story.parts.values())
     made = [_node(node, edges, nodes, story, width, roof, longest) for node in nodes.values()]
-    return tag("div", svg, tag("ol", *made), class_="lineage", style=f"--height:{height + roof}px")
+    drawing = tag("div", svg, tag("ol", *made), class_="lineage", style=f"--height:{height + roof}px")
+    return section("lineage", "Lineage", LEDE, drawing)
 
 
 def graph(story: Story) -> tuple[dict[str, Node], list[Edge]]:
@@ -64,13 +68,6 @@ def graph(story: Story) -> tuple[dict[str, Node], list[Edge]]:
     edges: list[Edge] = []
     for part in story.parts.values():
         before: list[Node] = []
-        for name, entry in part.sources.items():
-            key = f"source {name}"
-            if key not in nodes:
-                files = number(entry, "files")
-                nodes[key] = Node(key, source_name(name), word(entry, "sha256")[:8], _files(files), None, -1)
-            before.append(nodes[key])
-            edges.append(Edge(key, part.place))
         for entry in part.inputs:
             place, identity = word(entry, "path"), word(entry, "identity")
             now = story.part(place)
@@ -78,7 +75,18 @@ def graph(story: Story) -> tuple[dict[str, Node], list[Edge]]:
             if key not in nodes:
                 nodes[key] = Node(key, _outside(place), identity[:8], ("not in this run",), None, -1)
             before.append(nodes[key])
-            edges.append(Edge(key, part.place, now is not None and now.identity not in ("", identity)))
+            outdated = now is not None and now.identity not in ("", identity)
+            edges.append(Edge(key, part.place, "outdated" if outdated else ""))
+        if not part.inputs and (place := _before(part, nodes)):
+            before.append(nodes[place])
+            edges.append(Edge(place, part.place, "presumed"))
+        for name, entry in _sources(part):
+            key = f"source {name}"
+            if key not in nodes:
+                files = number(entry, "files")
+                nodes[key] = Node(key, source_name(name), word(entry, "sha256")[:8], _files(files), None, -1)
+            before.append(nodes[key])
+            edges.append(Edge(key, part.place))
         column = 1 + max((node.column for node in before if node.column >= 0), default=-1)
         column = max(column, 1) if any(node.column < 0 for node in before) else column
         for node in before:
@@ -101,6 +109,23 @@ def _in_rows(nodes: dict[str, Node]) -> dict[str, Node]:
     return {key: placed[key] for key in order}
 
 
+def _before(part: Part, nodes: Mapping[str, Node]) -> str:
+    """What a part is made from where it does not say so itself; empty where that is not there."""
+    subject = part.place.split("/")[1:2]
+    places = {"pretrain": ["prep"], "finetune": ["pretrain", "import"]}.get(part.stage, subject)
+    return next((place for place in places if place in nodes), "")
+
+
+def _sources(part: Part) -> list[tuple[str, Mapping[str, Any]]]:
+    """Its sources; of many, the first ones and how many there are beside them."""
+    found = list(part.sources.items())
+    if len(found) <= SOURCES:
+        return found
+    shown = found[: SOURCES - 1]
+    files = sum(number(entry, "files") or 0.0 for _, entry in found[len(shown) :])
+    return [*shown, (f"{len(found) - len(shown)} more sources of {part.place}", {"files": files})]
+
+
 def _title(part: Part) -> str:
     if part.stage == "export":
         return part.place.split("/")[-1]
@@ -121,7 +146,7 @@ def _figures(part: Part) -> tuple[str, ...]:
     metrics = part.metrics
     answers = say(metrics, "answer_bits_per_byte", "answers {} bits/byte", "{:.2f}".format)
     if part.unfinished:
-        return ("not finished",)
+        return ("stopped by its parity gate" if part.stage == "export" else "not finished",)
     if part.stage == "prep":
         return _some(say(metrics, "documents", "{} documents"), say(metrics, "tokens", "{} tokens"))
     if part.stage in ("pretrain", "import"):
@@ -131,9 +156,11 @@ def _figures(part: Part) -> tuple[str, ...]:
         return _some(say(metrics, "conversations", "{} conversations"), answers)
     if part.stage == "eval":
         return _some(say(metrics, "val_bits_per_byte", "text {} bits/byte", "{:.2f}".format), answers)
+    if not part.place.endswith("onnx-ort"):
+        return ("for transformers, vLLM",) if part.place.endswith("/hf") else ()
     equal, tokens = number(metrics, "greedy_equal"), number(metrics, "greedy_tokens")
     greedy = f"greedy {equal:.0f}/{tokens:.0f} equal" if equal is not None and tokens is not None else ""
-    return _some(say(metrics, "parity_error", "parity {}", "{:.1e}".format), greedy)
+    return _some(say(metrics, "parity_error", "parity {}", small), greedy)
 
 
 def _some(*lines: str) -> tuple[str, ...]:
@@ -161,17 +188,19 @@ def _node(
             kind, lines = f"{kind} damaged", [tag("strong", "damaged"), tag("small", cost)]
         elif outdated := story.outdated(node.part):
             lines[-1] = tag("strong", f"from an older {outdated}")
-        lines.append(tag("i", class_="share", style=f"width:{seconds / total if total else 0:.1%}"))
+        share = tag("i", style=f"width:{seconds / total if total else 0:.1%}")
+        lines.append(tag("i", share, class_="share", title="its share of the time"))
     if origin:
-        lines.append(tag("small", f"from {' and '.join(origin)}", class_="from"))
-    side = any(not _is_arc(nodes[edge.source], node) for edge in fed)
+        lines.append(tag("small", f"from {', '.join(origin)}", class_="from"))
+    ways = {_is_arc(nodes[edge.source], node) for edge in fed}
+    kind += " fed" * (False in ways) + " topped" * (True in ways)
     title = tag("b", node.title, title=node.title)
     head: Html = tag("a", title, href=f"#{node.part.stage}") if node.part is not None else title
     return tag(
         "li",
         tag("div", head, tag("code", node.identity)),
         *lines,
-        class_=f"{kind} fed" if side else kind,
+        class_=kind,
         style=f"left:{node.column * width:.2f}%;width:{width * SHARE:.2f}%;top:{roof + node.row * ROW}px",
     )
 
@@ -184,7 +213,7 @@ def _is_arc(source: Node, target: Node) -> bool:
 def _edge(source: Node, target: Node, edge: Edge, width: float) -> Html:
     """A curve from one side to the other; over the roof where other nodes stand between."""
     unit = SIDE / 100 * width
-    kind = "edge outdated" if edge.outdated else "edge"
+    kind = f"edge {edge.kind}".strip()
     if _is_arc(source, target):
         start, end = (source.column + SHARE * 0.5) * unit, (target.column + SHARE * 0.35) * unit
         lift = -ROOF * (0.75 + 0.2 * min(2, target.column - source.column - 1))
@@ -194,6 +223,7 @@ def _edge(source: Node, target: Node, edge: Edge, width: float) -> Html:
     bend = right - (1 - SHARE) * unit / 2
     start = bend - (1 - SHARE) * unit / 2
     return tag(
-        "path", d=f"M{x:.0f} {y:.0f}H{start:.0f}C{bend:.0f} {y:.0f} {bend:.0f} {low:.0f} {right:.0f} {low:.0f}", class_=kind
+        "path",
+        d=f"M{x:.0f} {y:.0f}H{start:.0f}C{bend:.0f} {y:.0f} {bend:.0f} {low:.0f} {right:.0f} {low:.0f}",
+        class_=kind,
     )
-

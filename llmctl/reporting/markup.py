@@ -8,9 +8,13 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+VOID = frozenset({"input", "meta"})  # elements without an end
+BREAK = "↵ × "
 LONG_BREAK = re.compile(r"\n{3,}")
-# Control characters have no place in a page: they are shown by their pictures (U+2400 and on).
+# Control characters have no place in a page: they are shown by their pictures (U+2400 and on). Those that turn the
+# direction of writing around would turn the page's own words too (https://www.trojansource.codes).
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {0x7F: 0x2421}
+CONTROLS |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 
 
 class Html(str):
@@ -38,7 +42,7 @@ def tag(name: str, *children: str, **attributes: str | float | None) -> Html:
         for key, value in attributes.items()
         if value is not None
     )
-    return Html(f"<{name}{written}>{join(children)}</{name}>")
+    return Html(f"<{name}{written}>{join(children)}" + (f"</{name}>" if name not in VOID else ""))
 
 
 def data(value: Any) -> Html:
@@ -49,30 +53,33 @@ def data(value: Any) -> Html:
     return Html(f'<script type="application/json">{written}</script>')
 
 
-def prose(text: str, limit: int = 1_200) -> Html:
-    """What a model wrote: cut at `limit` characters, and long runs of newlines, which a page would not show, in words.
-
-    Raises nothing: any text will do.
-    """
+def compact(text: str, limit: int) -> str:
+    """What a model wrote, cut at `limit` characters, with long runs of newlines counted."""
     if not text:
-        return tag("span", "(nothing)", class_="space")
+        return "(nothing)"
     shown, cut = text[:limit], " …" if len(text) > limit else ""
     if not shown.strip():
         breaks = shown.count("\n")
-        what = f"{breaks} newlines" if breaks == len(shown) else f"{len(shown)} blanks and newlines"
-        return tag("span", f"({what})", class_="space")
-    pieces, end = [], 0
-    for found in LONG_BREAK.finditer(shown):
-        pieces += [shown[end : found.start()], tag("span", f" ↵ × {len(found[0])}", class_="space"), "\n"]
-        end = found.end()
-    return join([*pieces, shown[end:], cut])
+        return f"({breaks} newlines)" if breaks == len(shown) else f"({len(shown)} blanks and newlines)"
+    return LONG_BREAK.sub(lambda found: f" {BREAK}{len(found[0])}\n", shown.strip("\n")) + cut
+
+
+def prose(text: str, limit: int = 1_200) -> Html:
+    """`compact` with what was not written by the model set apart."""
+    if not text.strip():
+        return tag("span", compact(text, limit), class_="space")
+    pieces = re.split(rf"( {BREAK}\d+)", compact(text, limit))
+    return join(tag("span", piece, class_="space") if index % 2 else piece for index, piece in enumerate(pieces))
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Html:
     """A list of names and values; a row without a value is left out."""
-    return tag(
-        "dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in rows if value), class_="facts"
-    )
+    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in rows if value), class_="facts")
+
+
+def named(names: Iterable[tuple[str, str]]) -> Html:
+    """Names with the first eight digits of what they stand for."""
+    return join((join([name, " ", tag("code", digest[:8])]) for name, digest in names), ", ")
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]], class_: str | None = None) -> Html:

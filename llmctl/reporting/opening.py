@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from llmctl import console
+from llmctl.reporting.charts import small
 from llmctl.reporting.markup import Html, join, tag
 from llmctl.reporting.story import PLACES, Part, Story, number, record, say, source_name, word
 
@@ -10,10 +13,18 @@ from llmctl.reporting.story import PLACES, Part, Story, number, record, say, sou
 def head(story: Story) -> Html:
     """Name, when and where, the sentence, the figures, and what is wrong or missing."""
     first, *more = sentences(story) or ["Nothing has been made in this run yet."]
-    lead = [tag("p", first, class_="lead")] + ([tag("p", " ".join(more), class_="more")] if more else [])
-    where = " · ".join(filter(None, [story.when, device(story), total(story)]))
-    meta = tag("p", where, class_="meta")
-    return tag("header", tag("p", "llmctl report", class_="eyebrow"), tag("h1", story.name), meta, *lead, *warnings(story))
+    lead = [tag("p", _unbroken(first), class_="lead")]
+    lead += [tag("p", _unbroken(" ".join(more)), class_="more")] if more else []
+    where = [tag("span", text) for text in (story.when, device(story), total(story)) if text]
+    meta = tag("p", join(where, " · "), class_="meta")
+    return tag(
+        "header", tag("p", "llmctl report", class_="eyebrow"), tag("h1", story.name), meta, *lead, *warnings(story)
+    )
+
+
+def _unbroken(text: str) -> str:
+    """A number stays on the line of its unit."""
+    return re.sub(r"(?<=\d) (?=[\w%])|(?<=min) (?=\d)", "\u00a0", text)
 
 
 def device(story: Story) -> str:
@@ -54,10 +65,10 @@ def _pretrained(part: Part | None, story: Story) -> str:
         return f"{who} {read}."
     reached = f"{who} {read}: "
     if primed is None:
-        return f"{reached}{bits:.2f} bits/byte on text held out."
+        return f"{reached}{bits:.2f} bits/byte on held-out text."
     digits = 2 if f"{bits:.2f}" != f"{primed:.2f}" else 4
     side = "below" if bits < primed else "above"
-    return f"{reached}{bits:.{digits}f} bits/byte on text held out, {side} primed xz at {primed:.{digits}f}."
+    return f"{reached}{bits:.{digits}f} bits/byte on held-out text, {side} primed xz at {primed:.{digits}f}."
 
 
 def _imported(story: Story) -> str:
@@ -65,7 +76,7 @@ def _imported(story: Story) -> str:
     if part is None or not part.manifest:
         return ""
     config = part.json("config.json")
-    kind = word(config, "model_type") or "model"
+    kind = f"{word(config, 'model_type')} model".strip()
     origin = " and ".join(map(source_name, part.sources))
     size = say(part.metrics, "parameters", " of {} parameters")
     return f"A {kind}{size} was brought in{f' from {origin}' if origin else ''}."
@@ -92,7 +103,7 @@ def _exported(story: Story) -> str:
     for part in story.of("export"):
         error, size = number(part.metrics, "parity_error"), number(part.metrics, "bytes")
         if error is not None and size is not None:
-            return f"Its ONNX graph ({console.size(size)}) gives the same numbers to {error:.1e}."
+            return f"Its ONNX graph ({console.size(size)}) gives the model's numbers to within {small(error)}."
     return ""
 
 
@@ -112,6 +123,8 @@ def warnings(story: Story) -> list[Html]:
     missing = [place for place in PLACES[:1] + PLACES[2:] if story.part(place) is None]
     missing += [stage for stage in ("eval", "export") if not story.of(stage)]
     found = [tag("ul", *(tag("li", line) for line in said), class_="warnings")] if said else []
-    if missing and story.parts:
-        found.append(tag("p", f"Not in this run: {', '.join(missing)}.", class_="missing"))
+    if missing:
+        asked = [stage for stage in missing if stage in story.asked]
+        todo = f" The recipe asks for {' and '.join(asked)}: llmctl run makes what is missing." if asked else ""
+        found.append(tag("p", f"Not in this run: {', '.join(missing)}.{todo}", class_="missing"))
     return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmctl import console
-from llmctl.reporting.markup import Html, facts, join, prose, section, tag
+from llmctl.reporting.markup import Html, facts, join, named, prose, section, tag
 from llmctl.reporting.story import Part, number, record, say, source_name, word
 
 SHOWN = 4  # documents
@@ -20,12 +20,12 @@ Segment = tuple[str, float, str]  # name, amount, tone
 def draw(part: Part) -> Html:
     """The section."""
     rows = funnel(part.metrics)
-    origin = ", ".join(f"{source_name(name)} {word(found, 'sha256')[:8]}".strip() for name, found in part.sources.items())
+    origin = named((source_name(name), word(found, "sha256")) for name, found in part.sources.items())
     metrics = part.metrics
     known = facts(
         [
             ("sources", origin),
-            ("vocabulary", say(metrics, "vocab_size", "{:,.0f} pieces".replace("{:,.0f}", "{}"))),
+            ("vocabulary", say(metrics, "vocab_size", "{} pieces")),
             ("a token is", say(metrics, "bytes_per_token", "{} bytes on average", "{:.2f}".format)),
             ("longest document", say(metrics, "longest_document", "{} tokens")),
             ("passed over", _counted(record(metrics, "files_passed_over"))),
@@ -43,8 +43,14 @@ def funnel(metrics: Mapping[str, Any]) -> list[Html]:
     lost: list[Segment] = [
         (name, amount, TONES[index % len(TONES)]) for index, (name, amount) in enumerate(reasons) if amount > 0
     ]
-    split = [("training", number(metrics, "train_documents"), "train"), ("held out", number(metrics, "val_documents"), "val")]
-    tokens = [("training", number(metrics, "train_tokens"), "train"), ("held out", number(metrics, "val_tokens"), "val")]
+    split = [
+        ("training", number(metrics, "train_documents"), "train"),
+        ("held out", number(metrics, "val_documents"), "val"),
+    ]
+    tokens = [
+        ("training", number(metrics, "train_tokens"), "train"),
+        ("held out", number(metrics, "val_tokens"), "val"),
+    ]
     whole = read or (kept or 0.0) + sum(amount for _, amount, _ in lost)
     rows = [
         ("read", "documents", say(metrics, "bytes_read", "{}", console.size), whole, [("documents", read, "all")]),
@@ -61,7 +67,9 @@ def funnel(metrics: Mapping[str, Any]) -> list[Html]:
 
 
 def _split(metrics: Mapping[str, Any]) -> str:
-    return {"tail": "the end of the text is held out", "hash": "by a hash of each document"}.get(word(metrics, "split"), "")
+    return {"tail": "the end of the text is held out", "hash": "by a hash of each document"}.get(
+        word(metrics, "split"), ""
+    )
 
 
 def _bar(name: str, unit: str, beside: str, whole: float, segments: Sequence[Segment]) -> Html:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +19,10 @@ PLACES = ("prep", "import", "pretrain", "finetune")
 TRAININGS = ("pretrain", "finetune")
 RESOLVED = "recipe.resolved.toml"
 LINES = 500_000  # of a log that are read: more than any training here writes
+HUGE = 1e30  # nothing that a run measures is so large
 BUILTIN = {
     "builtin:python-stdlib": "Python's standard library",
-    "builtin:python-docstrings": "docstrings of Python's library",
+    "builtin:python-docstrings": "Python's docstrings",
 }
 
 
@@ -80,9 +80,9 @@ class Part:
         started = number(times, "started")
         return started + (number(times, "seconds") or 0.0) if started is not None else 0.0
 
-    def setting(self, section: str, key: str) -> Any:
-        """A key of a section as the stage read it."""
-        return record(record(self.manifest, "sections"), section).get(key)
+    def section(self, name: str) -> Mapping[str, Any]:
+        """A section of the recipe as the stage read it."""
+        return record(record(self.manifest, "sections"), name)
 
     def json(self, name: str) -> Mapping[str, Any]:
         """One of its JSON files; empty where it can't be read."""
@@ -116,6 +116,7 @@ class Story:
     parts: Mapping[str, Part]  # by place, in the order of the chain
     recipe: str  # the text of the recipe as it was resolved, without what says where it lay
     overrides: tuple[str, ...]
+    asked: frozenset[str]  # the recipe's sections
 
     def part(self, place: str) -> Part | None:
         """What is at `place`, if anything."""
@@ -150,14 +151,16 @@ def read(run: Run) -> Story:
     for place in _folders(run.path / ".work", "export/*/*"):  # what the parity gate stopped
         if place not in found and (run.work(place) / "parity.json").is_file():
             found[place] = Part(place, run.work(place), {}, unfinished=True)
-    text, overrides = _recipe(run.path / RESOLVED)
-    return Story(run.name or run.path.resolve().name, run.path, found, text, overrides)
+    return Story(run.name or run.path.resolve().name, run.path, found, *_recipe(run.path / RESOLVED))
 
 
 def _folders(path: Path, pattern: str) -> list[str]:
     """Published places of a pattern; a hidden folder is one that is being published."""
     found = (folder for folder in path.glob(pattern) if folder.is_dir() and not folder.name.startswith("."))
-    return sorted(folder.relative_to(path).as_posix() for folder in found)
+    # A copy of the model comes after the graphs, which have something to tell.
+    return sorted(
+        (folder.relative_to(path).as_posix() for folder in found), key=lambda place: (place.endswith("/hf"), place)
+    )
 
 
 def _part(run: Run, place: str) -> Part | None:
@@ -172,38 +175,38 @@ def _part(run: Run, place: str) -> Part | None:
         damage = f"{MANIFEST} is missing"
     except DataError as problem:
         damage = problem.message
-    except (KeyError, TypeError, ValueError, AttributeError, OSError):
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, RecursionError):
         damage = f"{MANIFEST} does not read as a manifest"
     return Part(place, folder, Part(place, folder, {}).json(MANIFEST), damage)
 
 
-def _recipe(path: Path) -> tuple[str, tuple[str, ...]]:
-    """The resolved recipe's text without [origin], which names folders of one machine; and that call's overrides."""
+def _recipe(path: Path) -> tuple[str, tuple[str, ...], frozenset[str]]:
+    """The resolved recipe's text without [origin], which names folders of one machine; that call's overrides; and the
+    sections.
+    """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "", ()
+        return "", (), frozenset()
     try:
-        origin = record(tomllib.loads(text), "origin")
+        table = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError):
-        return text.strip(), ()
-    overrides = origin.get("overrides")
+        table = {}
+    overrides = record(table, "origin").get("overrides")
     kept = re.split(r"^\[origin\]\s*$", text, maxsplit=1, flags=re.MULTILINE)[0]
-    return kept.strip(), tuple(map(str, overrides)) if isinstance(overrides, list) else ()
+    said = tuple(map(str, overrides)) if isinstance(overrides, list) else ()
+    return kept.strip(), said, frozenset(name for name in table if isinstance(table[name], dict))
 
 
 # ------------------------------------------------------------------------------------------- values of uncertain type
 
 
 def number(found: Mapping[str, Any], key: str) -> float | None:
-    """A finite number under `key`."""
+    """A number under `key`. One beyond HUGE, infinite or none at all counts as absent, one below 1 / HUGE as zero."""
     value = found.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < HUGE:
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if abs(value) * HUGE > 1 else 0.0
 
 
 def word(found: Mapping[str, Any], key: str) -> str:
@@ -223,9 +226,7 @@ def records(value: Any) -> list[Mapping[str, Any]]:
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
-def say(
-    found: Mapping[str, Any], key: str, text: str = "{}", shown: Callable[[float], str] = console.count
-) -> str:
+def say(found: Mapping[str, Any], key: str, text: str = "{}", shown: Callable[[float], str] = console.count) -> str:
     """The number under `key` as part of a text; empty where there is none."""
     value = number(found, key)
     return text.format(shown(value)) if value is not None else ""

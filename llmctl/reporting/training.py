@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmctl import console
 from llmctl.reporting.charts import Level, Line, Point, chart
 from llmctl.reporting.charts import figure as shown
-from llmctl.reporting.markup import Html, data, facts, prose, section, tag
-from llmctl.reporting.story import Part, Story, number, record, say, source_name, word
+from llmctl.reporting.markup import Html, compact, data, facts, named, prose, section, tag
+from llmctl.reporting.story import Part, Story, number, say, source_name, word
 
 PRETRAIN = (
     "Bits per byte: how many bits the model needs for a byte of text it has never seen, so fewer is better and 8 is no "
@@ -23,12 +23,15 @@ STEPS = 60  # of samples that the slider holds
 TEXT = 600  # characters of a sample
 NAMES = {"zlib_bits_per_byte": "zlib", "xz_bits_per_byte": "xz", "xz_primed_bits_per_byte": "primed xz"}
 
+THREE = "{:.3f}".format
+
 Rows = Sequence[Mapping[str, Any]]
 
 
 def pretrain(part: Part, story: Story) -> Html:
     """The section on pretraining."""
     rows, metrics = list(part.rows("metrics.jsonl")), part.metrics
+    end = number(metrics, "steps")
     bits = _with_ends(_points(rows, "val_bits_per_byte"), None, metrics, "val_bits_per_byte")
     loss = _with_ends(_points(rows, "val_loss"), None, metrics, "val_loss")
     levels = [
@@ -36,9 +39,11 @@ def pretrain(part: Part, story: Story) -> Html:
         for key, name in NAMES.items()
         if (value := number(metrics, key)) is not None
     ]
-    hero = chart("Held-out text", [Line("this model", bits, dots=True)], levels, unit="bits/byte", end=_end(metrics))
+    hero = chart(
+        "Held-out text", [Line("this model", bits, dots=True)], levels, unit="bits/byte", end=end, written=THREE
+    )
     losses = [Line("training", _points(rows, "train_loss"), "train"), Line("held out", loss, dots=True)]
-    second = chart("Loss", losses, unit="nats a token", end=_end(metrics))
+    second = chart("Loss", losses, unit="nats a token", end=end, written=THREE)
     charts = [tag("div", hero, second, class_="pair"), _small(rows, part, "pretrain")]
     plain = [] if rows else [tag("p", "metrics.jsonl could not be read: there are no curves.", class_="missing")]
     drawn = [tag("div", *charts, class_="charts")] if rows else plain
@@ -49,12 +54,15 @@ def finetune(part: Part) -> Html:
     """The section on finetuning."""
     rows, metrics = list(part.rows("metrics.jsonl")), part.metrics
     key = "answer_bits_per_byte"
+    end = number(metrics, "steps")
     bits = _with_ends(_points(rows, key), number(metrics, f"{key}_before"), metrics, key)
     before = number(metrics, f"{key}_before")
     levels = [Level("before", before)] if before is not None else []
-    hero = chart("Held-out answers", [Line("this model", bits, dots=True)], levels, unit="bits/byte", end=_end(metrics))
+    hero = chart(
+        "Held-out answers", [Line("this model", bits, dots=True)], levels, unit="bits/byte", end=end, written=THREE
+    )
     loss = chart(
-        "Loss", [Line("training", _points(rows, "train_loss"), "train")], unit="nats a token", end=_end(metrics)
+        "Loss", [Line("training", _points(rows, "train_loss"), "train")], unit="nats a token", end=end, written=THREE
     )
     charts = [tag("div", hero, loss, class_="pair"), _small(rows, part, "finetune")]
     plain = [] if rows else [tag("p", "metrics.jsonl could not be read: there are no curves.", class_="missing")]
@@ -86,28 +94,35 @@ def _with_ends(points: list[Point], first: float | None, metrics: Mapping[str, A
     return ([(0.0, first)] if first is not None else []) + points + ends
 
 
-def _end(metrics: Mapping[str, Any]) -> float | None:
-    return number(metrics, "steps")
-
-
 def _small(rows: Rows, part: Part, stage: str) -> Html:
     """The small multiples: learning rate, gradient norm and speed on the same steps."""
-    end = _end(part.metrics)
+    end = number(part.metrics, "steps")
     rate = _points(rows, "learning_rate")
     norm = _points(rows, "gradient_norm")
     speed = _points(rows, "tokens_per_second")
-    clip = part.setting(stage, "max_grad_norm")
-    limit = [Level("clipped", float(clip))] if isinstance(clip, int | float) and clip > 0 else []
+    clip = number(part.section(stage), "max_grad_norm")
+    limit = [Level("clipped", clip)] if clip else []
     mean = number(part.metrics, "tokens_per_second")
+    peak = f"peak {shown(max(y for _, y in rate))}" if rate else ""
     three = [
-        chart("Learning rate", [Line("learning rate", rate, "plain")], height=120, zero=True, end=end, labels=False,
-              note=f"peak {shown(max(y for _, y in rate))}" if rate else ""),
-        chart("Gradient norm", [Line("gradient norm", norm, "plain")], limit, height=120, zero=True, end=end,
-              labels=False, note=f"clipped at {clip:g}" if limit else ""),
-        chart("Speed", [Line("tokens/s", speed, "plain")], [Level("mean", mean)] if mean else [], unit="tokens/s",
-              height=120, zero=True, end=end, labels=False, note=f"mean {shown(mean)}" if mean else ""),
+        _one("Learning rate", rate, end, peak),
+        _one("Gradient norm", norm, end, f"clipped at {clip:g}" if limit else "", limit),
+        _one(
+            "Speed",
+            speed,
+            end,
+            f"mean {shown(mean)}" if mean else "",
+            [Level("mean", mean)] if mean else [],
+            "tokens/s",
+        ),
     ]
     return tag("div", *three, class_="three")
+
+
+def _one(
+    title: str, points: list[Point], end: float | None, note: str, levels: Sequence[Level] = (), unit: str = ""
+) -> Html:
+    return chart(title, [Line(title, points, "plain")], levels, unit=unit, height=130, zero=True, end=end, note=note)
 
 
 def shape(part: Part) -> list[tuple[str, str]]:
@@ -116,7 +131,9 @@ def shape(part: Part) -> list[tuple[str, str]]:
     whole = "{:,.0f}".format
     heads = say(config, "num_attention_heads", "{} heads", whole)
     groups, size = number(config, "num_key_value_heads"), say(config, "head_dim", " of {}", whole)
-    grouped = f", {groups:.0f} for keys and values" if groups and groups != number(config, "num_attention_heads") else ""
+    grouped = (
+        f", {groups:.0f} for keys and values" if groups and groups != number(config, "num_attention_heads") else ""
+    )
     layers = say(config, "num_hidden_layers", "{} layers", whole) + say(config, "hidden_size", " × {}", whole)
     tied = " · input and output embeddings tied" if config.get("tie_word_embeddings") is True else ""
     return [
@@ -131,12 +148,13 @@ def shape(part: Part) -> list[tuple[str, str]]:
 
 def _work(part: Part, stage: str) -> list[tuple[str, str]]:
     """What both trainings report of their steps."""
-    metrics, batch = part.metrics, part.setting(stage, "global_batch_size")
+    metrics, batch = part.metrics, part.section(stage).get("global_batch_size")
     steps = say(metrics, "steps", "{}", "{:,.0f}".format)
+    length = say(part.json("config.json"), "max_position_embeddings", " × {} tokens", "{:,.0f}".format)
     skipped = say(metrics, "skipped_steps", ", {} skipped (no finite loss)") if number(metrics, "skipped_steps") else ""
-    each = f" of {batch:,} sequences" if isinstance(batch, int) else ""
-    schedule = part.setting(stage, "lr_scheduler")
-    optimizer = " · ".join(str(name) for name in (part.setting(stage, "optimizer"), schedule) if name)
+    each = f" × {batch:,} sequences{length if stage == 'pretrain' else ''}" if isinstance(batch, int) else ""
+    schedule = part.section(stage).get("lr_scheduler")
+    optimizer = " · ".join(str(name) for name in (part.section(stage).get("optimizer"), schedule) if name)
     return [
         ("optimizer", optimizer),
         ("steps", steps + each + skipped if steps else ""),
@@ -148,8 +166,9 @@ def _work(part: Part, stage: str) -> list[tuple[str, str]]:
 def _pretrain_facts(part: Part, story: Story) -> Html:
     metrics, prep = part.metrics, story.part("prep")
     tokens, there = number(metrics, "tokens"), number(prep.metrics, "train_tokens") if prep is not None else None
-    epochs = f" · {tokens / there:.2g} of the training text" if tokens and there else ""
-    read = say(metrics, "tokens") + (f"{epochs.replace(' of', ' passes over')}" if epochs else "")
+    passes = tokens / there if tokens and there else 0.0
+    share = f"{passes:.1f} passes over" if passes >= 0.95 else f"{100 * passes:.2g} % of"
+    read = say(metrics, "tokens") + (f", {share} the training text" if passes else "")
     loss = say(metrics, "val_loss", "{} nats a token", "{:.3f}".format)
     perplexity = say(metrics, "val_perplexity", " · perplexity {}", "{:,.1f}".format)
     return facts([*shape(part), ("tokens read", read), ("held-out loss", loss + perplexity), *_work(part, "pretrain")])
@@ -157,11 +176,14 @@ def _pretrain_facts(part: Part, story: Story) -> Html:
 
 def _finetune_facts(part: Part) -> Html:
     metrics, percent = part.metrics, "{:.0%}".format
-    method = part.setting("finetune", "method")
-    rank = part.setting("finetune", "lora_r")
+    method = part.section("finetune").get("method")
+    rank = part.section("finetune").get("lora_r")
     known: list[tuple[str, str]] = [
-        ("sources", ", ".join(f"{source_name(name)} {word(found, 'sha256')[:8]}" for name, found in part.sources.items())),
-        ("method", f"LoRA, rank {rank}" if method == "lora" else "all weights" if method == "full" else str(method or "")),
+        ("sources", named((source_name(name), word(found, "sha256")) for name, found in part.sources.items())),
+        (
+            "method",
+            f"LoRA, rank {rank}" if method == "lora" else "all weights" if method == "full" else str(method or ""),
+        ),
         ("conversations", say(metrics, "conversations")),
         ("tokens learned from", say(metrics, "supervised_share", "{} (the assistant's)", percent).replace("%", " %")),
         ("answers that end by themselves", say(metrics, "answers_ended", "{}", percent).replace("%", " %")),
@@ -191,20 +213,26 @@ def _samples(part: Part, rows: Rows) -> list[Html]:
     if last is not None:
         bits.setdefault(steps[-1], last)
     names = [f"step {step:,.0f}" + (f" · {bits[step]:.2f} bits/byte" if step in bits else "") for step in steps]
-    cards = [_card(prompt, texts, picks, middle, dict(zip(steps, names, strict=True))) for prompt, texts in prompts.items()]
-    texts_by_step = [[texts.get(step, "")[:TEXT] for texts in prompts.values()] for step in steps]
+    cards = [
+        _card(prompt, texts, picks, middle, dict(zip(steps, names, strict=True))) for prompt, texts in prompts.items()
+    ]
+    texts_by_step = [[compact(texts.get(step, ""), TEXT) for texts in prompts.values()] for step in steps]
     told = data({"names": names, "texts": texts_by_step})
     slider = tag(
         "label",
         "The middle row shows ",
-        tag("input", type="range", min=0, max=len(steps) - 1, value=len(steps) // 2, step=1).removesuffix("</input>"),
+        tag("input", type="range", min=0, max=len(steps) - 1, value=len(steps) // 2, step=1),
         tag("output", names[len(steps) // 2]),
         class_="slider",
     )
-    lede = "The same beginnings, continued by the model as it learned; it has seen none of them."
-    grid = tag("div", *cards, class_="samples")
+    lede = "The same beginnings, continued by the model as it learned."
+    grid = tag("div", *cards, class_="samples", style=f"--rows:{1 + len(picks)}")
     controls = [slider] if len(steps) > 3 else []
-    return [tag("h3", "What it wrote on the way"), tag("p", lede, class_="lede"), tag("div", *controls, grid, told, class_="scrub")]
+    return [
+        tag("h3", "What it wrote on the way"),
+        tag("p", lede, class_="lede"),
+        tag("div", *controls, grid, told, class_="scrub"),
+    ]
 
 
 def _card(
@@ -223,6 +251,3 @@ def _chosen(steps: Sequence[float], most: int = STEPS) -> list[float]:
     if len(steps) <= most:
         return list(steps)
     return [steps[round(index * (len(steps) - 1) / (most - 1))] for index in range(most)]
-
-
-Show = Callable[[float], str]

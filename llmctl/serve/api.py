@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmctl import console
 from llmctl.errors import LlmctlError
@@ -173,19 +173,33 @@ async def _answer(
     usage = Usage(sum(len(prompt.ids) for prompt in wanted[:: asked.n]))
     events = Answers(engine, wanted)
     if asked.stream:
-        stream = _stream(events, asked, kind, usage, opening)
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latter: nginx passes it on at once
-        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+        return EventStream(events, _stream(events, asked, kind, usage, opening))
     with events:
         collecting = asyncio.ensure_future(_collect(events, kind, usage, opening))
         leaving = asyncio.ensure_future(_gone(request))
         try:
             await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
             return JSONResponse(await collecting) if collecting.done() else Response(status_code=GONE)
+        except Exception as reason:
+            raise _problem(reason) from reason
         finally:
             for task in (collecting, leaving):
                 task.cancel()
             await asyncio.gather(collecting, leaving, return_exceptions=True)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; however the response ends, even before its first byte, so does the request in the engine."""
+
+    def __init__(self, events: Answers, content: AsyncIterator[bytes]) -> None:
+        # The second header: nginx passes each event on at once.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._events:
+            await super().__call__(scope, receive, send)
 
 
 async def _gone(request: Request) -> None:
@@ -220,25 +234,24 @@ async def _stream(
     def chunk(choice: dict[str, Any]) -> bytes:
         return kind.chunk([choice], **({"usage": usage.body() if continuous else None} if counted else {}))
 
-    with events:
-        try:
-            pending = list(opening)
-            for index in range(len(pending)):
-                if (role := kind.opening(index)) is not None:
-                    yield chunk(role)
-            async for event in events:
-                usage.completion += len(event.tokens)
-                text, pending[event.index] = pending[event.index] + event.text, ""
-                scores = kind.scores(event.index, [*event.prompt, *event.tokens])
-                if text or scores is not None:
-                    yield chunk(kind.delta(event.index, text, scores, None))
-                if event.finish is not None:
-                    yield chunk(kind.delta(event.index, None, None, event.finish))
-            if counted:
-                yield kind.chunk([], usage=usage.body())
-        except Exception as reason:
-            yield answers.sse(_problem(reason).body())
-        yield answers.DONE
+    try:
+        pending = list(opening)
+        for index in range(len(pending)):
+            if (role := kind.opening(index)) is not None:
+                yield chunk(role)
+        async for event in events:
+            usage.completion += len(event.tokens)
+            text, pending[event.index] = pending[event.index] + event.text, ""
+            scores = kind.scores(event.index, [*event.prompt, *event.tokens])
+            if text or scores is not None:
+                yield chunk(kind.delta(event.index, text, scores, None))
+            if event.finish is not None:
+                yield chunk(kind.delta(event.index, None, None, event.finish))
+        if counted:
+            yield kind.chunk([], usage=usage.body())
+    except Exception as reason:
+        yield answers.sse(_problem(reason).body())
+    yield answers.DONE
 
 
 # ---------------------------------------------------------------------- errors and page

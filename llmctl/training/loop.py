@@ -159,9 +159,10 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
 
-def live_text(step: Step, steps: int, bits: float | None, speed: float) -> str:
+def live_text(step: Step, steps: int, bits: float | None) -> str:
     """The live line: what a person watching wants to know."""
     quality = f" · {bits:.3f} bits/byte" if bits is not None else ""
+    speed = step.tokens_per_second
     rate = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
     return (
         f"step {step.number:,}/{steps:,} · loss {step.loss:.3f}{quality} · lr {step.learning_rate:.2g} · {rate} tok/s"

@@ -18,7 +18,18 @@ import pytest
 
 from tests.serve.conftest import base_model, chat_model, folders  # noqa: F401
 
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe", "--window-size=1000,760"]
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--remote-debugging-pipe",
+    "--window-size=1000,760",
+)
 SECONDS = 60.0
 
 
@@ -102,7 +113,7 @@ class Browser:
     def until(self, script: str) -> Any:
         """Waits until an expression is true, and gives its value."""
         deadline = time.monotonic() + SECONDS
-        while not (value := self.run(script)):
+        while not (value := self.run(f"(() => {{ try {{ return {script} }} catch {{ return null }} }})()")):
             assert time.monotonic() < deadline, f"never true: {script}\n{self.run('document.body.innerText')}"
             time.sleep(0.02)
         return value

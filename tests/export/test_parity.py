@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import CPU
 
 from llmctl.errors import GateError
 from llmctl.export import parity
@@ -19,6 +18,7 @@ from llmctl.inference.onnx_runner import OnnxRunner
 from llmctl.model import hf
 from llmctl.model.config import Config
 from llmctl.model.transformer import Decoder
+from tests.export.conftest import CPU
 
 Shaped = Callable[..., Config]
 Saved = Callable[..., Path]

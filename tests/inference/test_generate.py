@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmctl.errors import UsageError
@@ -124,6 +124,7 @@ def test_a_character_cut_off_is_not_shown(tokenizer: Tokenizer, max_tokens: int)
     assert sum(len(delta.tokens) for delta in deltas) == max_tokens
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=5), max_size=3))
 def test_a_stream_is_the_text_up_to_the_first_stop_string(text: str, stop: list[str]) -> None:
     """Nothing else is lost or added, and what was shown is never taken back."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmctl.errors import RunError, UsageError
@@ -88,6 +88,8 @@ def test_as_many_alternatives_as_there_are() -> None:
     assert [id for id, _ in token(log_softmax(LOGITS), 0, top=99).top] == [1, 3, 2, 0]
 
 
+@example([0.0, 1e-30], 0, 0.5, 0.0)
+@settings(deadline=None)
 @given(
     st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40),
     st.integers(0, 50),

@@ -29,6 +29,12 @@ def test_depth_derives_the_rest(depth: int, width: int, heads: int, inner: int) 
     assert len(formulas) == 6  # one for each value that was not given
 
 
+def test_nothing_said_is_depth_4() -> None:
+    config, formulas = derive()
+    assert config == derive(depth=4)[0]
+    assert formulas[0] == "depth 4 = what is taken if nothing is said"
+
+
 def test_what_is_given_is_kept_and_not_called_derived() -> None:
     given = {"num_hidden_layers": 2, "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2}
     config, formulas = derive(family="llama", intermediate_size=200, rope_theta=5e5, tie_word_embeddings=False, **given)

@@ -101,6 +101,12 @@ def test_shards_are_read(folder: Path) -> None:
     found = hf.load(folder).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
+    extra = {**files, "model.norm.weight again": "model-00003-of-00002.safetensors"}
+    save_file({"model.norm.weight": torch.zeros(48)}, folder / extra["model.norm.weight again"])
+    index.write_text(json.dumps({"weight_map": extra}))
+    with pytest.raises(DataError, match=r"model\.norm\.weight is stored twice"):
+        hf.load(folder)
+
     shutil.copy(folder / files["model.norm.weight"], folder.parent / "outside.safetensors")
     index.write_text(json.dumps({"weight_map": {**files, "model.norm.weight": "../outside.safetensors"}}))
     with pytest.raises(DataError, match=r"\.\./outside"):
