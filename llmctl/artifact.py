@@ -342,6 +342,7 @@ class Job:
     device: Device
     sources_index: Mapping[str, Any] = field(default_factory=dict)  # what the next check needs not to hash again
     deadline: float | None = None  # time.monotonic() at which --max-time is over
+    resolved: dict[str, Any] = field(default_factory=dict)  # what this machine chose where the recipe says "auto"
     started: float = field(default_factory=time.time)
 
     @property
@@ -420,7 +421,7 @@ class Staging:
                 for name, found in settings["sources"].items()
             },
             "files": files,
-            "environment": environment(job.device),
+            "environment": {**environment(job.device), "resolved": job.resolved},
             "times": {"started": round(job.started, 3), "seconds": round(time.time() - job.started, 3)},
         }
         manifest["identity"] = _identity(manifest)

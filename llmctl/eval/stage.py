@@ -29,6 +29,7 @@ from llmctl.text.shards import Shards
 from llmctl.text.tasks import Question
 from llmctl.text.tokenizer import Tokenizer
 
+
 @dataclass
 class Column:
     """One model's scores."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,8 +62,9 @@ def choose(job: Job, section: TrainingSection, loss: Loss, flops: float, micro_b
         choices = Choices(
             dtype, why, is_compiled, reason, job.device.threads, micro_batch, tuple(sorted(job.device.isa))
         )
-        write_json(path, choices.__dict__)
+        write_json(path, dataclasses.asdict(choices))
     torch.set_num_threads(choices.threads)
+    job.resolved |= {key: value for key, value in dataclasses.asdict(choices).items() if key != "isa"}
     return choices, ready
 
 
