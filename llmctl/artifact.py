@@ -145,15 +145,17 @@ class Artifact:
         """
         for name, entry in self.manifest["files"].items():
             if hash_file(self.file(name)) != entry["sha256"]:
-                raise DataError(
-                    f"{name} is damaged: its bytes are not those that were published", file=self.path, hint=_REMAKE
-                )
+                message = f"{name} is damaged: its bytes are not those that were published"
+                raise DataError(message, file=self.path, hint=self._anew())
         if _identity(self.manifest) != self.identity:
             raise DataError(
                 "artifact.json was changed after it was published (its identity does not add up)",
                 file=self.path,
-                hint=_REMAKE,
+                hint=self._anew(),
             )
+
+    def _anew(self) -> str:
+        return f"llmctl {'run' if self.stage == 'import' else self.stage} --rebuild makes it anew; {_OTHERS}"
 
     @property
     def identity(self) -> str:
@@ -238,7 +240,8 @@ def _check_shape(manifest: Mapping[str, Any]) -> None:
         raise ValueError(f"place: {manifest['place']!r}")
 
 
-_REMAKE = "the same command again makes it anew; llmctl verify checks the others"
+_OTHERS = "llmctl verify checks the others"
+_REMAKE = f"llmctl run makes it anew; {_OTHERS}"
 
 
 def _identity(manifest: Mapping[str, Any]) -> str:
@@ -293,6 +296,16 @@ class Run:
         finally:
             os.close(handle)
 
+    def mend(self) -> None:
+        """Before a run is only read: what `lock` mends, where something was cut off and nobody is at work on it."""
+        if any(True for _ in self._aside(".old-*")):
+            with contextlib.suppress(BusyError, OSError), self.lock():
+                pass
+
+    def _aside(self, pattern: str) -> Iterator[Path]:
+        for folder in ("", "*/", "*/*/"):
+            yield from self.path.glob(folder + pattern)
+
     def _acquire(self, handle: int, wait: bool) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -312,18 +325,14 @@ class Run:
 
     def recover(self) -> None:
         """Restores a place whose publishing was cut between its two renames, and sweeps what was half written."""
-        for old in [*self.path.glob(".old-*"), *self.path.glob("*/.old-*"), *self.path.glob("*/*/.old-*")]:
+        for old in list(self._aside(".old-*")):
             place = old.parent / old.name.removeprefix(".old-")
             if place.exists():
                 shutil.rmtree(old)
             else:
                 old.rename(place)
                 _sync_folder(place.parent)
-        for staging in [
-            *self.path.glob(".staging-*"),
-            *self.path.glob("*/.staging-*"),
-            *self.path.glob("*/*/.staging-*"),
-        ]:
+        for staging in list(self._aside(".staging-*")):
             shutil.rmtree(staging)
 
 

@@ -61,7 +61,7 @@ class Call:
         """
         from llmctl import target
 
-        found = target.resolve(name, run_dir=self.run_dir, overrides=(*aliases, *self.set_))
+        found = target.resolve(name, run_dir=self.run_dir, overrides=(*aliases, *self.set_), dry_run=self.dry_run)
         console.debug(found.said) if name is not None and name.endswith(".toml") else console.say(
             found.said, style="dim"
         )
@@ -349,6 +349,8 @@ def serve(
     from llmctl import device
     from llmctl.serve import stage
 
+    if execute:  # stdout belongs to CMD
+        console.configure(quiet=call.quiet, verbose=call.verbose, events=call.events, to_stderr=True)
     found = call.target(target)
     flags = {
         "host": host,

@@ -444,7 +444,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def default_name(path: Path) -> str:
     """The run's name that a file or folder suggests."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:64] or "run"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:64]
+    return name if name not in ("", "current") else "run"
 
 
 def _read(path: Path, named_by: tuple[Path, int] | None = None) -> tuple[str, dict[str, Any]]:

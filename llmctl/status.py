@@ -33,14 +33,9 @@ def run(target: Target, options: Options) -> dict[str, Any]:
         return {"artifact": None, "identity": None, "metrics": {}}
     if any(fresh for _, _, fresh in done):
         console.say(f"\n{place} is complete in {console.duration(time.monotonic() - start)}.   Next:")
-        console.columns(
-            [
-                [f"llmctl chat {place}"],
-                [f"llmctl serve {place}", "a page at http://127.0.0.1:8000"],
-                [f"llmctl report {place}"],
-            ],
-            indent=3,
-        )
+        talk = [[f"llmctl chat {place}"], [f"llmctl serve {place}", "a page at http://127.0.0.1:8000"]]
+        has_model = any(target.run.artifact(name) for name in chain.MODEL_PLACES)
+        console.columns([*(talk if has_model else []), [f"llmctl report {place}"]], indent=3)
     else:
         kept = " · ".join(f"{step.place} {artifact.short}" for step, artifact, _ in done)
         console.say(f"{place} is up to date: {kept}. Nothing to do.")
@@ -62,8 +57,8 @@ def show(target: Target) -> tuple[dict[str, Any], bool]:
     rows += [_row(step, state) for step, state in found.values()]
     if len(rows) == 1:
         raise UsageError(
-            f"{target.run.path}: the recipe asks for nothing, and nothing is there",
-            hint="llmctl init FOLDER writes a recipe",
+            f"{target.run.path}: the recipe asks for nothing",
+            hint=f"llmctl init FOLDER writes a recipe; llmctl verify {target.run.path} lists what lies here",
         )
     console.columns(rows)
     document = {
@@ -116,6 +111,8 @@ def verify(target: Target) -> dict[str, Any]:
         raise UsageError(f"{target.run.path} holds no artifact", hint="llmctl run makes them")
     if damaged:
         raise DataError(
-            f"{len(damaged)} of {len(places)} artifacts are damaged", file=target.run.path, hint=str(damaged[0])
+            f"{len(damaged)} of {len(places)} artifacts are damaged",
+            file=target.run.path,
+            hint="\n".join(f"{damage}\n   {damage.hint}" for damage in damaged),
         )
     return {"artifact": str(target.run.path), "identity": None, "metrics": {"artifacts": len(places)}}

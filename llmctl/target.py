@@ -56,45 +56,57 @@ class Target:
         return max(exports, key=lambda export: float(export.manifest["times"]["started"]), default=model)
 
 
-def resolve(name: str | None, *, run_dir: Path | None = None, overrides: tuple[str, ...] = ()) -> Target:
+def resolve(
+    name: str | None, *, run_dir: Path | None = None, overrides: tuple[str, ...] = (), dry_run: bool = False
+) -> Target:
     """What `name` means; without one: --run-dir, else $LLMCTL_RUN, else runs/current.
 
     Raises:
-        UsageError: nothing there, listing the candidates.
+        UsageError: nothing there, listing the candidates; or a folder that `dry_run` may not import.
     """
     if name is not None and (name.endswith(".toml") or Path(name).is_file()):
         made = recipe.load(Path(name), overrides)
         run = Run(run_dir if run_dir is not None else RUNS / made.name)
+        run.mend()
         return Target(made, run, f"recipe {name} in {run.path}")
     path, why = _folder(name, run_dir)
     if (path / MANIFEST).exists():
         artifact = Artifact.open(path)
-        run = Run(artifact.run_path())
+        depth = len(Path(artifact.place).parts)
+        if artifact.kind == "model" and path.absolute().parts[-depth:] != Path(artifact.place).parts:
+            return _bare(path, run_dir, overrides, dry_run)  # copied out of its run: a model like any other
+        run = Run(path.parents[depth - 1] if len(path.parts) > depth else artifact.run_path())
         return Target(_recipe_of(run, overrides), run, f"{path}: {artifact.place} {artifact.short}{why}", artifact)
     if (path / RESOLVED).exists() or any((path / place / MANIFEST).exists() for place in ("prep", *chain.MODEL_PLACES)):
         run = Run(path)
         return Target(_recipe_of(run, overrides), run, f"run {path}{why}")
     if (path / "config.json").exists():
-        return _bare(path, run_dir, overrides)
+        return _bare(path, run_dir, overrides, dry_run)
     raise UsageError(f"{path} is neither a recipe nor a run, an artifact or a Hugging Face folder", hint=_candidates())
 
 
 def _folder(name: str | None, run_dir: Path | None) -> tuple[Path, str]:
+    path, why = _path_of(name, run_dir)
+    with contextlib.suppress(ValueError):  # a NUL in the name
+        for run in (path, *path.parents[:3]):
+            if (run / RESOLVED).is_file():
+                Run(run).mend()
+        if path.is_dir() and name != "":
+            return path, why
+    missing = f"{name}: no such recipe, run or artifact" if name is not None else f"no target, and {path} is not there"
+    raise UsageError(missing, hint=_candidates())
+
+
+def _path_of(name: str | None, run_dir: Path | None) -> tuple[Path, str]:
     if name is not None:
-        if not Path(name).is_dir():
-            raise UsageError(f"{name}: no such recipe, run or artifact", hint=_candidates())
         path = Path(name)
         return (path.parent / path.readlink() if path.is_symlink() else path), ""
     if run_dir is not None:
         return run_dir, " (--run-dir)"
     if os.environ.get("LLMCTL_RUN"):
-        path, why = Path(os.environ["LLMCTL_RUN"]), " (LLMCTL_RUN)"
-    else:
-        path, why = RUNS / "current", " (runs/current)"
-        path = RUNS / path.readlink() if path.is_symlink() else path
-    if not path.is_dir():
-        raise UsageError(f"no target, and {path} is not there", hint=_candidates())
-    return path, why
+        return Path(os.environ["LLMCTL_RUN"]), " (LLMCTL_RUN)"
+    path = RUNS / "current"
+    return (RUNS / path.readlink() if path.is_symlink() else path), " (runs/current)"
 
 
 def _candidates() -> str:
@@ -115,7 +127,7 @@ def _recipe_of(run: Run, overrides: tuple[str, ...]) -> Recipe:
     """
     kept = run.path / RESOLVED
     if not kept.exists():
-        return Recipe(name=run.name, file=kept.absolute(), root=run.path.absolute())
+        return Recipe(name=recipe.default_name(run.path.resolve()), file=kept.absolute(), root=run.path.absolute())
     made = recipe.load(kept, overrides)
     if not overrides and (origin := origin_recipe(made)) is not None and _differs(origin, made):
         console.note(f"{origin.file} has changed since; {run.path} goes on as it was made (name the recipe to use it)")
@@ -135,8 +147,13 @@ def origin_recipe(made: Recipe) -> Recipe | None:
     return None
 
 
-def _bare(path: Path, run_dir: Path | None, overrides: tuple[str, ...]) -> Target:
+def _bare(path: Path, run_dir: Path | None, overrides: tuple[str, ...], dry_run: bool) -> Target:
     """A bare Hugging Face folder: a run of its own, whose import stage brings it in first."""
+    if dry_run:
+        raise UsageError(
+            f"{path} would be imported into a run first, and --dry-run does nothing",
+            hint="leave --dry-run out, or name a run",
+        )
     name = recipe.default_name(path.resolve())
     run = Run(run_dir if run_dir is not None else RUNS / name)
     model = recipe.ModelSection(source=str(path.resolve()))

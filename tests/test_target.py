@@ -20,7 +20,7 @@ def said(project: Project, *args: object, env: dict[str, str] | None = None) -> 
 
 
 def test_a_recipe_a_run_and_an_artifact(finished: Project) -> None:
-    assert said(finished, "t.toml").startswith("t ")  # a recipe needs no words: it was named
+    assert said(finished, "t.toml").split()[0] == "t"  # a recipe needs no words: it was named
     assert said(finished, "runs/t") == "run runs/t"
     short = finished.identities()[FINETUNE][:8]
     assert said(finished, "runs/t/finetune") == f"runs/t/finetune: finetune {short}"
@@ -129,11 +129,19 @@ def test_a_bare_folder_is_imported_first(finished: Project) -> None:
     assert said(finished, "runs/My-Model") == "run runs/My-Model"
 
 
+def test_an_artifact_that_was_copied_out_of_its_run_is_a_model_like_any_other(finished: Project) -> None:
+    shutil.copytree(finished.run / FINETUNE, finished.path / "hub" / "copied")
+    done = finished.llmctl("export", "hub/copied", "--json")
+    assert done.code == 0, done.err
+    assert done.json["artifact"] == "runs/copied/export/import/onnx-ort"
+    assert [path.name for path in (finished.path / "hub").iterdir()] == ["copied"]
+
+
 def test_a_dry_run_imports_nothing(finished: Project) -> None:
     bare(finished)
     done = finished.llmctl("export", "hub/My-Model", "--dry-run")
-    assert done.code == 0, done.err
-    assert "import" in done.out
+    assert done.code == 2
+    assert "would be imported into a run first" in done.err
     assert not (finished.path / "runs" / "My-Model").exists()
 
 
@@ -175,10 +183,12 @@ def test_a_run_that_is_being_written_is_left_alone(finished: Project) -> None:
 
 def test_a_run_whose_recipe_is_gone_is_still_a_run(finished: Project) -> None:
     (finished.run / "recipe.resolved.toml").unlink()
-    assert said(finished, "runs/t") == "run runs/t"
-    done = finished.llmctl("export", "runs/t", "--hf", "--json")
+    (finished.path / "runs" / "current").unlink()
+    finished.run.rename(finished.path / "runs" / "my run")
+    assert "llmctl verify" in finished.llmctl("status", "runs/my run").err
+    done = finished.llmctl("export", "runs/my run", "--hf", "--json")
     assert done.code == 0, done.err
-    assert done.json["artifact"] == "runs/t/export/finetune/hf"
+    assert done.json["artifact"] == "runs/my run/export/finetune/hf"
 
 
 def test_a_run_that_cannot_be_written_can_be_looked_at(finished: Project) -> None:

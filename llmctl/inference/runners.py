@@ -54,6 +54,7 @@ class TorchRunner:
 
     def __init__(self, folder: Path, device: Device, dtype: str = "fp32") -> None:
         """Loads a model folder; `dtype` is what it computes in, "fp32", "bf16" or "fp16"."""
+        torch.set_num_threads(device.threads)
         self._take(hf.load(folder, dtype, device.torch))
 
     @classmethod
