@@ -22,7 +22,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -502,8 +502,10 @@ def environment(device: Device) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[list[int]]:
+def stoppable(asked_first: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM ask the block to stop: the first one is put into the list; a second Ctrl-C quits at once.
+
+    `asked_first` is called with the first, inside the signal's handler.
 
     CI systems send SIGINT, then SIGTERM 7.5 s later: a SIGTERM after the first signal is no second request.
     """
@@ -515,6 +517,7 @@ def stoppable() -> Iterator[list[int]]:
             os.kill(os.getpid(), signal.SIGINT)
         if not asked:
             asked.append(signum)
+            asked_first()
 
     previous = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:

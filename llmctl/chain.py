@@ -333,7 +333,9 @@ def difference(
     for name, files in now.sources.items():
         entry = before["sources"].get(name)
         old = entry["sha256"] if isinstance(entry, dict) else entry
-        if old is not None and old != after["sources"][name]:
+        if old is None:
+            reasons.append(f"it was made from {', '.join(before['sources']) or 'nothing'}, not {name}")
+        elif old != after["sources"][name]:
             reasons.append(f"{name} changed{_which(old_index.get(name, {}), files)}")
     return reasons
 
@@ -568,6 +570,9 @@ def gate(made: Recipe, artifact: Artifact) -> None:
     for metric, rule in made.section("eval").require.items():
         bound = rule.strip().lstrip("<>=")
         value = artifact.metrics.get(metric)
+        if value is None and metric in artifact.metrics:
+            missed.append(f"{metric} is no number, required {rule.strip()}")
+            continue
         if not isinstance(value, (int, float)):
             known = ", ".join(sorted(key for key, found in artifact.metrics.items() if isinstance(found, (int, float))))
             raise RecipeError(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import inspect
+import io
 import os
+import re
 import signal
 import sys
 import time
@@ -17,7 +21,7 @@ import typer
 
 import llmctl
 from llmctl import console
-from llmctl.errors import BUG, Interrupted, LlmctlError, UsageError
+from llmctl.errors import Interrupted, LlmctlError, RunError, UsageError
 
 if TYPE_CHECKING:
     from llmctl.artifact import Artifact
@@ -127,43 +131,61 @@ def command(panel: str, *, name: str | None = None) -> Callable[[Callable[..., A
     return register
 
 
-def _guarded(work: Callable[[], dict[str, Any] | int | None], call: Call) -> int:
+Outcome = dict[str, Any] | tuple[dict[str, Any], int] | None  # a command's document, and its exit code where not 0
+
+
+def _guarded(work: Callable[[], Outcome], call: Call) -> int:
     """Runs a command's work; whatever happens becomes one message, one document and an exit code."""
     try:
         console.configure(json=call.json, quiet=call.quiet, verbose=call.verbose, events=call.events)
         signal.signal(signal.SIGTERM, _terminate)
         made = work()
     except LlmctlError as problem:
-        return _failed(problem, call)
+        return _failed(problem, call.verbose)
     except KeyboardInterrupt:
-        return _failed(
-            Interrupted("interrupted; what was finished is kept", hint="the same command again goes on"), call
-        )
-    except MemoryError:
-        return _failed(
-            LlmctlError("out of memory", hint="a smaller model, batch or context; llmctl doctor shows the memory"), call
-        )
+        stopped = Interrupted("interrupted; what was finished is kept", hint="the same command again goes on")
+        return _failed(stopped, call.verbose)
     except Exception as bug:
-        return _failed(
-            LlmctlError(
-                f"{type(bug).__name__}: {bug}", hint="this is a bug in llmctl; -v shows where. Please report it."
-            ),
-            call,
-            bug,
-        )
-    if isinstance(made, int):
-        return made
-    if made is not None:
-        console.result({"ok": True, "error": None, **made})
+        return _failed(_of_the_disk(bug) or _of_memory(bug) or _bug(bug), call.verbose, bug)
+    document, code = made if isinstance(made, tuple) else (made, 0)
+    if document is not None:
+        console.result({"ok": True, "error": None, **document})
     console.close()
-    return 0
+    return code
 
 
-def _failed(problem: LlmctlError, call: Call, bug: BaseException | None = None) -> int:
-    if call.verbose:
+# What the system refuses, and the mend: no bug of ours wherever it happens.
+_DISK = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and run the same command again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "mend its rights, or name another folder (--run-dir)"),
+}
+
+
+def _of_the_disk(reason: Exception) -> LlmctlError | None:
+    if not isinstance(reason, OSError) or reason.errno not in _DISK:
+        return None
+    hint = f"{_DISK[reason.errno]}; what was published before is whole"
+    return RunError(f"cannot write: {reason.strerror}", file=reason.filename, hint=hint)
+
+
+def _of_memory(reason: Exception) -> LlmctlError | None:
+    """Python's error, torch's on a CPU and torch's on a GPU."""
+    of_torch = type(reason).__name__ == "OutOfMemoryError" or "allocate memory" in str(reason)
+    if not isinstance(reason, MemoryError) and not (isinstance(reason, RuntimeError) and of_torch):
+        return None
+    return RunError("out of memory", hint="a smaller model, batch or context; llmctl doctor shows the memory")
+
+
+def _bug(reason: Exception) -> LlmctlError:
+    hint = "this is a bug in llmctl; -v shows where. Please report it."
+    return LlmctlError(f"{type(reason).__name__}: {reason}", hint=hint)
+
+
+def _failed(problem: LlmctlError, verbose: bool, cause: BaseException | None = None) -> int:
+    if verbose:
         import traceback
 
-        traceback.print_exception(bug or problem)
+        traceback.print_exception(cause or problem)
     console.error(problem)
     error = {
         "code": problem.code,
@@ -174,7 +196,7 @@ def _failed(problem: LlmctlError, call: Call, bug: BaseException | None = None) 
     }
     console.result({"ok": False, "error": error, "artifact": None, "identity": None, "metrics": {}})
     console.close()
-    return problem.exit_code if bug is None else BUG
+    return problem.exit_code
 
 
 def _terminate(signum: int, frame: object) -> None:
@@ -182,11 +204,10 @@ def _terminate(signum: int, frame: object) -> None:
 
 
 def _seconds(text: str) -> float:
-    units = {"s": 1, "m": 60, "h": 3600}
-    try:
-        return float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
-    except ValueError:
-        raise UsageError(f"--max-time {text}: expected a time", hint="for example 90s, 30m or 2h") from None
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)([smh]?)", text)
+    if found is None:
+        raise UsageError(f"--max-time {text}: expected a time", hint="for example 90s, 30m or 2h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _document(artifact: Artifact | None, **more: Any) -> dict[str, Any]:
@@ -286,20 +307,21 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the last model, beside the one it was made from."""
     from llmctl import chain
+    from llmctl.eval import compare
 
+    if markdown and call.json:
+        raise UsageError("--markdown and --json both want stdout", hint="choose one")
     found = call.target(target)
+    before = compare.read(baseline) if baseline is not None else None  # now: it may be what is about to be replaced
     if markdown:
         console.configure(json=False, quiet=call.quiet, verbose=call.verbose, events=call.events, to_stderr=True)
     place = found.model().place
     chain.warn_if_behind(found.recipe, found.run, place)
     made = _make(call, found, [chain.eval_step(found.recipe, place)])
-    if made["artifact"] and (markdown or baseline is not None):
-        from llmctl.eval import compare
-
-        if markdown:
-            compare.markdown(Path(made["artifact"]))
-        if baseline is not None:
-            compare.against(Path(made["artifact"]), baseline)
+    if made["artifact"] and markdown:
+        compare.markdown(Path(made["artifact"]))
+    if made["artifact"] and before is not None and baseline is not None:
+        compare.against(Path(made["artifact"]), before, baseline)
     return made
 
 
@@ -344,7 +366,7 @@ def serve(
             "--exec", metavar="CMD", help="Run CMD against the server when it is ready, then stop; its exit code."
         ),
     ] = "",
-) -> int:
+) -> Outcome:
     """Serve it over HTTP, as OpenAI's API does, with a chat page."""
     from llmctl import device
     from llmctl.serve import stage
@@ -361,9 +383,12 @@ def serve(
     }
     given = {key: value for key, value in flags.items() if value not in ("", None) and (value or key == "port")}
     settings = found.recipe.section("serve").model_copy(update=given)
-    return int(
-        stage.serve(found.runnable(), settings, device.pick(call.device), name=found.run.name, command=execute or None)
-    )
+    served, chosen = found.runnable(), device.pick(call.device)
+    if call.dry_run:
+        console.say(f"would serve {served.path}")
+        return _document(served)
+    code = int(stage.serve(served, settings, chosen, name=found.run.name, command=execute or None))
+    return {**_document(served), "ok": code == 0}, code
 
 
 # -------------------------------------------------------------------------------------------------------- around them
@@ -384,13 +409,12 @@ def status(
     exit_code: Annotated[
         bool, typer.Option("--exit-code", help="Exit 1 if anything is stale, missing or unfinished.")
     ] = False,
-) -> dict[str, Any] | int:
+) -> Outcome:
     """What there is, what is stale, and why."""
     from llmctl import status as room
 
     document, behind = room.show(call.target(target))
-    console.result({"ok": True, "error": None, **document})
-    return 1 if exit_code and behind else 0
+    return document, 1 if exit_code and behind else 0
 
 
 @command(AROUND)
@@ -409,23 +433,27 @@ def chat(
     system: Annotated[str, typer.Option(help="A system message.")] = "",
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
-) -> int:
+) -> Outcome:
     """Talk to a model in the terminal."""
-    console.configure(json=False, quiet=call.quiet, verbose=call.verbose, events=call.events, to_stderr=True)
+    console.configure(json=call.json, quiet=call.quiet, verbose=call.verbose, events=call.events, to_stderr=True)
     from llmctl import device
     from llmctl.serve import chat as room
 
+    if call.json and not prompt and sys.stdin.isatty():
+        raise UsageError("--json answers one question", hint='llmctl chat --json -p "..."')
     found = call.target(target)
-    return int(
-        room.chat(
-            found.runnable(),
-            device.pick(call.device),
-            prompt=prompt or None,
-            system=system,
-            temperature=temperature,
-            max_tokens=max_tokens,
-        )
+    model, chosen = found.runnable(), device.pick(call.device)
+    if call.dry_run:
+        console.say(f"would talk to {model.path}")
+        return _document(model)
+    talk = functools.partial(
+        room.chat, model, chosen, prompt=prompt or None, system=system, temperature=temperature, max_tokens=max_tokens
     )
+    if not call.json:
+        return _document(model), int(talk())
+    with contextlib.redirect_stdout(io.StringIO()) as answer:
+        code = int(talk())
+    return {**_document(model), "answer": answer.getvalue().strip()}, code
 
 
 @command(AROUND)
@@ -446,13 +474,18 @@ def init(
 
         if schema:
             console.document(recipe.schema())
-        else:
-            console.columns([(key, kind, default, meaning) for key, kind, default, meaning in recipe.reference(keys)])
-        return None
+            return None
+        rows = recipe.reference(keys)
+        console.columns(rows)
+        return _document(
+            None, keys=[dict(zip(("key", "kind", "default", "meaning"), row, strict=True)) for row in rows]
+        )
     if folder is None:
         raise UsageError(
             "which folder?", hint="llmctl init FOLDER · llmctl init --keys pretrain · llmctl init --schema"
         )
+    if call.dry_run:
+        raise UsageError("init writes one file, and --dry-run writes nothing", hint="leave --dry-run out")
     path = room.init(folder, out, force=call.rebuild)
     return {"artifact": str(path), "identity": None, "metrics": {}}
 
@@ -463,6 +496,9 @@ def report(call: Call, target: Target_ = None) -> dict[str, Any]:
     from llmctl import report as room
 
     found = call.target(target)
+    if call.dry_run:
+        console.say(f"would write {found.run.path / room.NAME}")
+        return _document(None)
     path = room.write(found.run)
     console.say(f"{path}")
     return {"artifact": str(path), "identity": None, "metrics": {}}
@@ -492,9 +528,23 @@ def main() -> None:
     # slower on two cores; sleeping instead costs nothing that could be measured on a quiet machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except BrokenPipeError:
         sys.exit(141)
+    except Exception as problem:
+        if not hasattr(problem, "format_message"):  # Click's own errors, whichever Click typer brings
+            raise
+        sys.exit(_misused(problem))
+
+
+def _misused(problem: Any) -> int:
+    """A command line that can't be read: our words, and the document where --json asks for it."""
+    if len(sys.argv) < 2:
+        problem.show()  # the help
+        return 2
+    console.configure(json="--json" in sys.argv)
+    where = problem.ctx.command_path if getattr(problem, "ctx", None) else "llmctl"
+    return _failed(UsageError(problem.format_message(), hint=f"{where} --help"), verbose=False)
 
 
 if __name__ == "__main__":

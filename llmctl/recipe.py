@@ -9,6 +9,7 @@ identity.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -427,15 +428,26 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         below_table.pop("name", None)
         places = {key: (below, line) for key, line in _lines(below_text)} | places
         table = _rebased(_merge(below_table, table), below, path, places)
-    for override in overrides:
-        key, value = _override(override)
-        _set(table, key, value, override)
-        places = {key[:depth]: (Path(f"--set {override}"), 0) for depth in range(1, len(key))} | places
-        places[key] = (Path(f"--set {override}"), 0)
     table.setdefault("name", default_name(path))
+    return _validated(table, overrides, path, places)
+
+
+def of(table: dict[str, Any], overrides: Sequence[str], file: Path) -> Recipe:
+    """A recipe that no file holds (yet): `table` with the overrides on top; `file` is where it would be kept."""
+    return _validated(_copied(table), overrides, file, {})
+
+
+def _validated(
+    table: dict[str, Any], overrides: Sequence[str], path: Path, places: dict[tuple[str, ...], tuple[Path, int]]
+) -> Recipe:
     origin = table.get("origin")
     given = origin.get("root") if isinstance(origin, dict) else None
     root = Path(given if isinstance(given, str) and given else path.parent).absolute()
+    for override in overrides:
+        key, value = _override(override)
+        _set(table, key, _below(root, value) if key in PATHS else value, override)
+        places = {key[:depth]: (Path(f"--set {override}"), 0) for depth in range(1, len(key))} | places
+        places[key] = (Path(f"--set {override}"), 0)
     try:
         return Recipe.model_validate({**table, "file": path, "root": root})
     except ValidationError as problem:
@@ -515,8 +527,9 @@ def _rebased(
     """Paths that came from the base are relative to the base: makes them so when the two lie in different folders."""
     if below.parent.resolve() == above.parent.resolve():
         return table
+    between = os.path.relpath(below.parent.resolve(), above.parent.resolve())  # relative: a checkout may move
     return rewrite_paths(
-        table, lambda key, path: str(below.parent.resolve() / path) if places.get(key, (above, 0))[0] == below else path
+        table, lambda key, path: f"{between}/{path}" if places.get(key, (above, 0))[0] == below else path
     )
 
 
@@ -567,7 +580,15 @@ def _from_here(value: Any) -> Any:
     """A shell user names files from where they stand, not from where the recipe lies."""
     if isinstance(value, list):
         return [_from_here(item) for item in value]
-    return value if _fixed(value) or not value else str(Path(value).absolute())
+    return value if _fixed(value) or not value else os.path.abspath(value)  # noqa: PTH100 (it takes ".." away, too)
+
+
+def _below(root: Path, value: Any) -> Any:
+    """A path as the recipe itself would spell it, so that giving it by --set makes no other artifact."""
+    if isinstance(value, list):
+        return [_below(root, item) for item in value]
+    inside = isinstance(value, str) and not is_builtin(value) and Path(value).is_relative_to(root)
+    return Path(value).relative_to(root).as_posix() if inside else value
 
 
 def _set(table: dict[str, Any], key: tuple[str, ...], value: Any, argument: str) -> None:
@@ -675,7 +696,7 @@ def schema() -> dict[str, Any]:
         "type": "string",
         "description": "Another recipe, read first; this one's values win (one level).",
     }
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "llmctl recipe", **made}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, "title": "llmctl recipe"}
 
 
 def resolved(recipe: Recipe, overrides: Sequence[str]) -> str:

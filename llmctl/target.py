@@ -127,7 +127,7 @@ def _recipe_of(run: Run, overrides: tuple[str, ...]) -> Recipe:
     """
     kept = run.path / RESOLVED
     if not kept.exists():
-        return Recipe(name=recipe.default_name(run.path.resolve()), file=kept.absolute(), root=run.path.absolute())
+        return recipe.of({"name": recipe.default_name(run.path.resolve())}, overrides, kept.absolute())
     made = recipe.load(kept, overrides)
     if not overrides and (origin := origin_recipe(made)) is not None and _differs(origin, made):
         console.note(f"{origin.file} has changed since; {run.path} goes on as it was made (name the recipe to use it)")
@@ -156,8 +156,7 @@ def _bare(path: Path, run_dir: Path | None, overrides: tuple[str, ...], dry_run:
         )
     name = recipe.default_name(path.resolve())
     run = Run(run_dir if run_dir is not None else RUNS / name)
-    model = recipe.ModelSection(source=str(path.resolve()))
-    made = Recipe(name=name, model=model, file=run.path / RESOLVED, root=run.path.absolute())
+    made = recipe.of({"name": name, "model": {"from": str(path.resolve())}}, overrides, run.path / RESOLVED)
     chain.make(made, run, [step for step in chain.steps(made, run) if step.place == "import"], chain.Options())
     imported = run.artifact("import")
     if imported is None:

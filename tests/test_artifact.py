@@ -212,7 +212,10 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 @settings(max_examples=150, deadline=None)
-@given(key=st.sampled_from(["schema", "kind", "stage", "place", "identity", "files", "inputs", "sources", "metrics"]), value=JSON)
+@given(
+    key=st.sampled_from(["schema", "kind", "stage", "place", "identity", "files", "inputs", "sources", "metrics"]),
+    value=JSON,
+)
 def test_any_manifest_is_taken_or_refused_by_name(made_once: Artifact, key: str, value: Any) -> None:
     """Whatever a manifest holds, opening and reading it ends in an artifact or in a DataError, never in a bug."""
     (made_once.path / MANIFEST).write_text(json.dumps({**made_once.manifest, key: value}))
@@ -296,7 +299,10 @@ def test_killed_while_recovering_from_a_kill(tmp_path: Path) -> None:
     """The moment between the two renames, and then every moment of the recovery."""
     new = published(job(tmp_path / "new", seed=4), {"only": b"x"}).identity
     run = Run(tmp_path / "runs" / "x")
-    for aside in (False, True):  # the old one is away and the new one is not there yet; or it is, and the old one is left
+    for aside in (
+        False,
+        True,
+    ):  # the old one is away and the new one is not there yet; or it is, and the old one is left
         for point in range(100):
             old = published(job(tmp_path))
             staging = job(tmp_path, seed=4)

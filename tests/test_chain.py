@@ -11,9 +11,10 @@ import pytest
 
 from llmctl import chain
 from llmctl.artifact import Run
-from llmctl.errors import RecipeError
+from llmctl.errors import GateError, RecipeError
 from llmctl.recipe import Recipe
 from tests.project import STAGES, Project
+from tests.test_artifact import job, published
 
 PREP, PRETRAIN, FINETUNE, EVAL, EXPORT = STAGES
 
@@ -51,6 +52,17 @@ def test_what_a_stage_needs() -> None:
     every = chain.steps(made, Run(Path("/nowhere")))
     assert [step.place for step in chain.upstream(every, "pretrain")] == ["prep", "pretrain"]
     assert [step.place for step in chain.upstream(every, EXPORT)] == ["prep", "pretrain", "finetune", EXPORT]
+
+
+def test_a_metric_that_is_no_number_passes_no_gate(tmp_path: Path) -> None:
+    made = published(job(tmp_path, "eval/x", kind="evaluation"), metrics={"val_loss": float("nan"), "accuracy": 0.5})
+    for rule in ("<9", ">0"):
+        with pytest.raises(GateError, match="val_loss is no number"):
+            chain.gate(Recipe.model_validate({"name": "x", "eval": {"require": {"val_loss": rule}}}), made)
+    both = Recipe.model_validate({"name": "x", "eval": {"require": {"val_loss": "<9", "accuracy": ">=0.6"}}})
+    with pytest.raises(GateError, match=r"val_loss is no number, required <9; accuracy is 0\.5, required >=0\.6"):
+        chain.gate(both, made)
+    chain.gate(Recipe.model_validate({"name": "x", "eval": {"require": {"accuracy": ">=0.5"}}}), made)
 
 
 # ------------------------------------------------------------------------------------------- up to date, and what not

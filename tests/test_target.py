@@ -125,8 +125,19 @@ def test_a_bare_folder_is_imported_first(finished: Project) -> None:
     assert (finished.path / "runs/My-Model/import/model.safetensors").read_bytes() == finished.weights(FINETUNE)
     again = finished.llmctl("export", "hub/My-Model", "--json")
     assert again.json["identity"] == done.json["identity"]
+    hf = finished.llmctl("export", "hub/My-Model", "--hf", "--json")
+    assert hf.json["artifact"] == "runs/My-Model/export/import/hf"
     assert finished.identities() == before
     assert said(finished, "runs/My-Model") == "run runs/My-Model"
+
+
+def test_two_bare_folders_of_one_name_are_two_models(finished: Project) -> None:
+    shutil.copytree(bare(finished), finished.path / "other" / "My-Model")
+    shutil.copyfile(finished.run / "pretrain/model.safetensors", finished.path / "other/My-Model/model.safetensors")
+    for folder, place in (("hub", FINETUNE), ("other", "pretrain"), ("hub", FINETUNE)):
+        assert finished.llmctl("export", f"{folder}/My-Model", "--hf").code == 0
+        weights = (finished.path / "runs/My-Model/export/import/hf/model.safetensors").read_bytes()
+        assert weights == finished.weights(place)
 
 
 def test_an_artifact_that_was_copied_out_of_its_run_is_a_model_like_any_other(finished: Project) -> None:

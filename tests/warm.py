@@ -59,9 +59,13 @@ class Call:
     def until(self, text: str, timeout: float = 60) -> None:
         """Waits until `text` stands in its output."""
         end = time.monotonic() + timeout
-        while text not in self.out.read_text() + self.err.read_text():
-            assert time.monotonic() < end, f"no {text!r} in {self.out.read_text()}{self.err.read_text()}"
+        while text not in self.said():
+            assert time.monotonic() < end, f"no {text!r} in {self.said()}"
             time.sleep(0.01)
+
+    def said(self) -> str:
+        """All that it has written so far."""
+        return "".join(path.read_text() for path in (self.out, self.err) if path.exists())
 
 
 @dataclass

@@ -42,29 +42,31 @@ def _shown(name: str, metrics: Mapping[str, float]) -> str:
 
 def markdown(evaluation: Path) -> None:
     """Prints the table of an evaluation in Markdown."""
-    results = _results(evaluation)
+    results = read(evaluation)
     header, rows = table([(column["name"], column["metrics"]) for column in results["columns"]])
     console.markdown(header, rows)
 
 
-def against(evaluation: Path, baseline: Path) -> None:
-    """Compares with an earlier evaluation (its folder).
+def against(evaluation: Path, before: Mapping[str, Any], baseline: Path) -> None:
+    """Compares with an earlier evaluation: the results that `read` found at `baseline`.
 
     Text is compared piece by piece (paired), accuracies by their standard errors.
 
     Raises:
         GateError: this one is significantly worse in something.
     """
-    now, before = _results(evaluation), _results(baseline)
+    now = read(evaluation)
     new, old = now["columns"][-1]["metrics"], before["columns"][-1]["metrics"]
     worse = []
-    if (difference := _paired(now["windows"], before["windows"])) is not None:
+    same_text = now["text_sha256"] == before["text_sha256"]
+    if same_text and (difference := _paired(now["windows"], before["windows"])) is not None:
         mean, error = difference
         console.say(
             f"loss {'rose' if mean > 0 else 'fell'} by {abs(mean):.4f} ± {error:.4f} nats a piece of the text, "
             f"against {baseline}"
         )
-        worse += [f"val_loss {old['val_loss']:.4f} -> {new['val_loss']:.4f}"] if mean > SIGNIFICANT * error else []
+        if not mean <= SIGNIFICANT * error:  # so put, NaN is worse
+            worse.append(f"val_loss {old['val_loss']} -> {new['val_loss']}")
     elif now["windows"] or before["windows"]:
         console.warn("the two evaluations scored different texts; their losses are not compared")
     for name in [key for key in new if key.endswith("_accuracy") and key in old]:
@@ -77,17 +79,23 @@ def against(evaluation: Path, baseline: Path) -> None:
     console.say(f"not significantly worse than {baseline}")
 
 
-def _paired(now: Sequence[float], before: Sequence[float]) -> tuple[float, float] | None:
+def _paired(now: Sequence[float | None], before: Sequence[float | None]) -> tuple[float, float] | None:
     """Mean difference of paired pieces and its standard error; None where the pieces are not the same ones."""
     if len(now) != len(before) or len(now) < 2:
         return None
-    differences = [one - other for one, other in zip(now, before, strict=True)]
+    numbers = [[math.nan if nats is None else nats for nats in pieces] for pieces in (now, before)]
+    differences = [one - other for one, other in zip(*numbers, strict=True)]
     mean = sum(differences) / len(differences)
     variance = sum((difference - mean) ** 2 for difference in differences) / (len(differences) - 1)
     return mean, math.sqrt(variance / len(differences))
 
 
-def _results(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> dict[str, Any]:
+    """The results of a published evaluation.
+
+    Raises:
+        DataError: no evaluation there.
+    """
     folder = folder if (folder / MANIFEST).exists() else folder.parent
     artifact = Artifact.open(folder)
     if artifact.kind != "evaluation":

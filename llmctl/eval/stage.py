@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -28,6 +29,10 @@ from llmctl.text.conversations import Conversation, conversations
 from llmctl.text.shards import Shards
 from llmctl.text.tasks import Question
 from llmctl.text.tokenizer import Tokenizer
+
+UNTRAINED_ANSWERS = (
+    8  # enough to show what no training looks like: it never ends by itself, so each is as long as may be
+)
 
 
 @dataclass
@@ -70,8 +75,14 @@ def evaluate(job: Job) -> Artifact:
     console.table("", *compare.table([(column.name, column.metrics) for column in columns]))
     with job.publishing() as staging:
         rows = [{"name": column.name, "weights": column.weights, "metrics": column.metrics} for column in columns]
-        results = {"columns": rows, "windows": last.windows, "examples": len(material.chats)}
-        (staging.path / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        results = {
+            "columns": rows,
+            "windows": last.windows,
+            "text_sha256": hashlib.sha256(material.ids.astype("<i8").tobytes()).hexdigest(),
+            "examples": len(material.chats),
+        }
+        text = json.dumps(console.finite(results), indent=1, allow_nan=False)
+        (staging.path / "results.json").write_text(text + "\n", encoding="utf-8")
         samples = [json.dumps(sample, ensure_ascii=False) + "\n" for column in columns for sample in column.samples]
         (staging.path / "samples.jsonl").write_text("".join(samples), encoding="utf-8")
         before = {f"{name}_before": value for name, value in columns[-2].metrics.items()} if len(columns) > 2 else {}
@@ -136,9 +147,10 @@ def _material(job: Job, section: EvalSection, tokenizer: Tokenizer) -> Material:
 
 
 def _score_text(column: Column, material: Material) -> None:
-    if not len(material.ids):
+    if not len(material.ids) or not column.weights:  # an untrained model knows no more of a text than its vocabulary
         return
-    score = scoring.score(column.runner, material.ids, max_seq_length=column.runner.max_length, bytes_=material.bytes)
+    model = column.runner.model if isinstance(column.runner, TorchRunner) else column.runner
+    score = scoring.score(model, material.ids, max_seq_length=column.runner.max_length, bytes_=material.bytes)
     column.metrics |= {
         "val_loss": score.loss,
         "val_perplexity": score.perplexity,
@@ -153,10 +165,11 @@ def _score_chats(
     if template is None or not material.chats:
         return
     score = answers.score(column.runner, tokenizer, template, material.chats)
-    asked = material.chats[: min(len(material.chats), 64)] if column.name == "untrained" else material.chats
+    asked = material.chats if column.weights else material.chats[:UNTRAINED_ANSWERS]
     said = answers.ask(column.runner, tokenizer, template, asked, section.max_new_tokens)
-    column.metrics |= {"answer_bits_per_byte": score.bits_per_byte, "answers_ended": answers.ended(said)}
-    for conversation, completion in zip(asked, said, strict=False):
+    column.metrics |= {"answer_bits_per_byte": score.bits_per_byte} if score.tokens else {}
+    column.metrics |= {"answers_ended": answers.ended(said)} if said else {}
+    for conversation, completion in said:
         column.samples.append(
             {
                 "model": column.name,
@@ -174,10 +187,15 @@ def _score_questions(
     """Accuracy: of choices by their likelihood a byte, of exact answers by greedy decoding up to a newline."""
     shown, asked = questions[: section.num_fewshot], questions[section.num_fewshot :][: section.max_examples]
     examples = "".join(f"{question.prompt}\n{question.answer}\n\n" for question in shown)
+    if not asked:
+        raise DataError(
+            f"{name} has {len(questions)} questions, and all are shown as examples",
+            hint=f"set [eval] num_fewshot below {len(questions)}",
+        )
     correct = [_is_right(column.runner, question, examples, tokenizer, section) for question in asked]
-    accuracy = sum(correct) / max(1, len(correct))
+    accuracy = sum(correct) / len(correct)
     column.metrics[f"{name}_accuracy"] = accuracy
-    column.metrics[f"{name}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / max(1, len(correct)))
+    column.metrics[f"{name}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / len(correct))
 
 
 def _is_right(runner: Runner, question: Question, examples: str, tokenizer: Tokenizer, section: EvalSection) -> bool:

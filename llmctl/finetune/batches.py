@@ -26,14 +26,17 @@ class Example:
     supervised: tuple[bool, ...]
 
 
-def batches(examples: Sequence[Example], *, size: int, seed: int, pad_id: int, position: int = 0) -> Iterator[Batch]:
-    """Endless batches of `size` conversations. `position` counts batches: the same one always gives the same batch."""
+def batches(
+    examples: Sequence[Example], *, size: int, seed: int, pad_id: int, length: int, position: int = 0
+) -> Iterator[Batch]:
+    """Endless batches of `size` conversations of at most `length` + 1 tokens. `position` counts batches: the same one
+    always gives the same batch."""
     per_epoch = max(1, len(examples) // size)
     while True:
         epoch, within = divmod(position, per_epoch)
         for batch in _epoch(examples, size, np.random.default_rng([seed, epoch]))[within:]:
             position += 1
-            yield collate(batch, pad_id, position)
+            yield collate(batch, pad_id, length, position)
 
 
 def _epoch(examples: Sequence[Example], size: int, random: np.random.Generator) -> list[list[Example]]:
@@ -46,11 +49,13 @@ def _epoch(examples: Sequence[Example], size: int, random: np.random.Generator) 
     return [whole[i] for i in random.permutation(len(whole))]
 
 
-def collate(rows: Sequence[Example], pad_id: int, position: int = 0) -> Batch:
-    """Rows padded on the right to one length: (B, T). Padding is masked by position, never by id, so that a supervised
-    end of text is kept whatever the padding id is."""
+def collate(rows: Sequence[Example], pad_id: int, length: int, position: int = 0) -> Batch:
+    """Rows padded on the right to one width: (B, T), T at most `length`.
+
+    Padding is masked by position, never by id, so that a supervised end of text is kept whatever the padding id is.
+    """
     longest = max(len(row.ids) for row in rows) - 1
-    width = -(-longest // MULTIPLE) * MULTIPLE
+    width = min(length, -(-longest // MULTIPLE) * MULTIPLE)
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
     for index, row in enumerate(rows):

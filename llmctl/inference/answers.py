@@ -30,7 +30,8 @@ class AnswerScore:
 
     @property
     def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.bytes
+        """NaN where nothing was scored: no conversation fits the context."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
 
 def score(
@@ -51,7 +52,7 @@ def score(
         chosen = rows[np.arange(len(at)), [ids[i] for i in at]] - np.log(np.exp(rows).sum(-1))
         nats, tokens = nats - float(chosen.sum()), tokens + len(at)
         size += sum(len(tokenizer.token_bytes(ids[i])) for i in at)
-    return AnswerScore(nats, tokens, max(1, size))
+    return AnswerScore(nats, tokens, size)
 
 
 def ask(
@@ -60,20 +61,17 @@ def ask(
     template: ChatTemplate,
     conversations: Sequence[Conversation],
     max_new_tokens: int,
-) -> list[Completion]:
-    """The model's own greedy answer to the last question of every conversation."""
+) -> list[tuple[Conversation, Completion]]:
+    """The model's own greedy answer to the last question of every conversation that leaves room for one."""
     sampling = Sampling(temperature=0.0, max_tokens=max_new_tokens)
-    prompts = [
-        chat.encode(template, tokenizer, conversation.messages[:-1], add_generation_prompt=True)
-        for conversation in conversations
-    ]
-    return [
-        generate.complete(runner, tokenizer, ids, sampling)
-        for ids in prompts
-        if len(ids) + max_new_tokens <= runner.max_length
-    ]
+    found: list[tuple[Conversation, Completion]] = []
+    for conversation in conversations:
+        ids = chat.encode(template, tokenizer, conversation.messages[:-1], add_generation_prompt=True)
+        if len(ids) + max_new_tokens <= runner.max_length:
+            found.append((conversation, generate.complete(runner, tokenizer, ids, sampling)))
+    return found
 
 
-def ended(completions: Sequence[Completion]) -> float:
-    """The share of answers that end by themselves."""
-    return sum(completion.finish_reason == "stop" for completion in completions) / max(1, len(completions))
+def ended(said: Sequence[tuple[Conversation, Completion]]) -> float:
+    """The share of answers that end by themselves; NaN where there is none."""
+    return sum(completion.finish_reason == "stop" for _, completion in said) / len(said) if said else math.nan

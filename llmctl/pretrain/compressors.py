@@ -32,13 +32,19 @@ class InBackground:
 
     def __init__(self, validation: Callable[[], bytes], training: Callable[[], bytes]) -> None:
         self._found: dict[str, float] = {}
+        self._problem: Exception | None = None
         self._thread = threading.Thread(target=self._work, args=(validation, training), daemon=True)
         self._thread.start()
 
     def _work(self, validation: Callable[[], bytes], training: Callable[[], bytes]) -> None:
-        self._found = bits_per_byte(validation(), training)
+        try:
+            self._found = bits_per_byte(validation(), training)
+        except Exception as problem:
+            self._problem = problem
 
     def wait(self) -> dict[str, float]:
-        """The figures, when they are there."""
+        """The figures, when they are there; what went wrong in the background is raised here."""
         self._thread.join()
+        if self._problem is not None:
+            raise self._problem
         return self._found

@@ -44,6 +44,7 @@ def pretrain(job: Job) -> Artifact:
     optimizers = optim.build(model, section.optimizer, plan.learning_rate, section.weight_decay)
     state = session.resume(job, job.recipe.seed, model, optimizers, plan.steps)
     prompts = list(section.prompts) or _beginnings(val, tokenizer)
+    sample_every = plan.eval_every if section.sample_every is None else section.sample_every
     bits: float | None = None
     stop = session.Stop(job)
     steps = loop.train(
@@ -62,19 +63,22 @@ def pretrain(job: Job) -> Artifact:
         for step in steps:
             session.follow(state, step)
             live.update(step.number, loop.live_text(step, plan.steps, bits))
-            last = step.number == plan.steps
-            if not last and plan.eval_every and step.number % plan.eval_every == 0:
-                score = scoring.score(
-                    model, val[:VALIDATION_TOKENS], max_seq_length=plan.length, autocast=choices.autocast
-                )
-                bits = score.bits_per_byte_of(tokenizer.decode(val[:VALIDATION_TOKENS].tolist()))
-                session.record(job.work, step, {"val_loss": score.loss, "val_bits_per_byte": bits})
-                _sample(job, model, tokenizer, prompts, step.number)
-            elif step.number % section.log_every == 0 or last:
+            last = step.number == plan.steps  # it is saved, scored and sampled below
+            if step.every(plan.eval_every) and not last:
+                with stop.breaks_off():
+                    score = scoring.score(
+                        model, val[:VALIDATION_TOKENS], max_seq_length=plan.length, autocast=choices.autocast
+                    )
+                    bits = score.bits_per_byte_of(tokenizer.decode(val[:VALIDATION_TOKENS].tolist()))
+                    session.record(job.work, step, {"val_loss": score.loss, "val_bits_per_byte": bits})
+            elif step.every(section.log_every) or last:
                 session.record(job.work, step)
-            if plan.save_every and step.number % plan.save_every == 0 and not last:
+            if step.every(sample_every) and not last:
+                with stop.breaks_off():
+                    _sample(job, model, tokenizer, prompts, step.number)
+            if step.every(plan.save_every) and not last:
                 checkpoint.save(job.work, state, model, optimizers)
-    checkpoint.save(job.work, state, model, optimizers)
+        checkpoint.save(job.work, state, model, optimizers)  # still deaf to the second signal that CI systems send
     stop.raise_if_early(state, plan.steps)
 
     score = scoring.score(model, val[:], max_seq_length=plan.length, bytes_=val.bytes, autocast=choices.autocast)

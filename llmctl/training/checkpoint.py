@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmctl import console
-from llmctl.artifact import hash_file
+from llmctl.artifact import digest, hash_file
 from llmctl.errors import RunError
 
 KEPT = 2
@@ -58,8 +58,9 @@ def save(work: Path, state: State, model: nn.Module, optimizers: Sequence[Optimi
         random = {"random.cpu": torch.get_rng_state()}
         save_file(_tied_once(model), staging / "model.safetensors")
         save_file(_flat(model, optimizers) | random, staging / "optimizer.safetensors")
-        digests = {file.name: hash_file(file) for file in sorted(staging.iterdir())}
-        (staging / "state.json").write_text(json.dumps({**asdict(state), "files": digests}, indent=1))
+        files = {file.name: hash_file(file) for file in sorted(staging.iterdir())}
+        written = {**asdict(state), "files": files}
+        (staging / "state.json").write_text(json.dumps({**written, "digest": digest(written)}, indent=1))
         for path in (*staging.iterdir(), staging):
             _sync(path)
         staging.rename(final)
@@ -79,16 +80,18 @@ def checkpoints(work: Path) -> list[Path]:
 
 
 def newest(work: Path) -> tuple[Path, State] | None:
-    """The newest checkpoint whose files are what was written; damaged ones are passed over with a warning."""
+    """The newest checkpoint that is what was written, to the last bit; damaged ones are dropped with a warning."""
     for folder in checkpoints(work):
         try:
             raw = json.loads((folder / "state.json").read_text())
-            if all(hash_file(folder / name) == found for name, found in raw.pop("files").items()):
+            as_written = raw.pop("digest") == digest(raw)
+            if as_written and all(hash_file(folder / name) == found for name, found in raw.pop("files").items()):
                 return folder, State(**raw)
             reason = "its bytes are not those that were written"
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
             reason = str(problem)
-        console.warn(f"checkpoint {folder.name} is damaged ({reason}); falling back to the one before it")
+        console.warn(f"checkpoint {folder.name} is damaged ({reason}); going back to the one before it")
+        shutil.rmtree(folder, ignore_errors=True)  # or it would stand in the way of a whole one of the same step
     return None
 
 

@@ -9,18 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmctl import console
+
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Adds a line. `row["step"]` says after which step it was written."""
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        stream.write(_line(row))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(console.finite(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The lines that are whole: a killed process may have left the last one cut off."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):  # bytes: the cut may lie inside a character
         try:
             yield json.loads(line)
         except ValueError:
@@ -31,4 +37,6 @@ def rewind(path: Path, step: int) -> None:
     """Drops what was written after `step`: those steps are about to run again."""
     kept = [row for row in read(path) if row["step"] <= step]
     if path.exists():
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+        temporary.replace(path)

@@ -57,6 +57,10 @@ class Step:
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
 
+    def every(self, steps: int) -> bool:
+        """Whether it is one of every so many; 0 is never."""
+        return steps > 0 and self.number % steps == 0
+
 
 def train(
     model: Decoder,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,11 @@ def choose(job: Job, section: TrainingSection, loss: Loss, flops: float, micro_b
         choices = Choices(**{**kept, "isa": tuple(kept["isa"])})
         if choices.threads != job.device.threads or set(choices.isa) != job.device.isa:
             console.warn("this run was begun on another machine or with other threads: it goes on, but not bitwise")
-        ready, _, _ = loop.compiled(loss, choices.compiled, flops, job.device.torch)
+        if section.micro_batch_size != "auto" and micro_batch != choices.micro_batch:
+            console.warn(f"micro_batch_size {choices.micro_batch} -> {micro_batch}: it goes on, but not bitwise")
+            choices = dataclasses.replace(choices, micro_batch=micro_batch)
+        wanted = choices.compiled if section.compile == "auto" else section.compile
+        ready, _, _ = loop.compiled(loss, wanted, flops, job.device.torch)
     else:
         ready, is_compiled, reason = loop.compiled(loss, section.compile, flops, job.device.torch)
         choices = Choices(
@@ -85,7 +89,9 @@ def resume(job: Job, seed: int, model: Decoder, optimizers: Sequence[Optimizer],
 
 def follow(state: State, step: Step) -> None:
     """Counts a finished step into the state."""
-    state.train_loss = step.loss if state.step == 0 else SMOOTHING * state.train_loss + (1 - SMOOTHING) * step.loss
+    if not step.skipped:
+        is_first = state.step == state.skipped
+        state.train_loss = step.loss if is_first else SMOOTHING * state.train_loss + (1 - SMOOTHING) * step.loss
     state.step, state.position = step.number, step.position
     state.tokens += step.tokens
     state.seconds += step.seconds
@@ -130,17 +136,36 @@ def figures(state: State) -> dict[str, Any]:
     }
 
 
+class BrokenOff(Exception):
+    """A signal came while `Stop.breaks_off` was watching."""
+
+
 class Stop:
     """Whether to stop: the first Ctrl-C or SIGTERM, or --max-time. A second Ctrl-C quits at once."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._asked: list[int] = []
+        self._evaluating = False
         self._signals = contextlib.ExitStack()
 
     def __enter__(self) -> Stop:
-        self._asked = self._signals.enter_context(stoppable())
+        self._asked = self._signals.enter_context(stoppable(self._at_once))
         return self
+
+    def _at_once(self) -> None:
+        if self._evaluating:
+            raise BrokenOff
+
+    @contextlib.contextmanager
+    def breaks_off(self) -> Iterator[None]:
+        """An evaluation takes longer than CI systems wait: a signal breaks it off, and training loses nothing by it."""
+        self._evaluating = True
+        with contextlib.suppress(BrokenOff):
+            try:
+                yield
+            finally:
+                self._evaluating = False
 
     def __exit__(self, *problem: object) -> None:
         self._signals.close()
@@ -154,11 +179,10 @@ class Stop:
         Raises:
             Interrupted: a signal. TimeUp: --max-time. Both say that the state is saved.
         """
-        if state.step >= steps:
-            return
         hint = "the same command again goes on from there"
         if self._asked:
             raise Interrupted(
                 f"stopped at step {state.step:,} of {steps:,}; its state is saved", hint=hint, signum=self._asked[0]
             )
-        raise TimeUp(f"--max-time is over at step {state.step:,} of {steps:,}; its state is saved", hint=hint)
+        if state.step < steps:
+            raise TimeUp(f"--max-time is over at step {state.step:,} of {steps:,}; its state is saved", hint=hint)
