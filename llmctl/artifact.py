@@ -199,6 +199,11 @@ class Artifact:
                         return found
         return None
 
+    def in_its_run(self) -> bool:
+        """Whether it lies where it was published, and was not copied out by itself."""
+        parts = PurePosixPath(self.place).parts
+        return self.path.absolute().parts[-len(parts) :] == parts
+
     def run_path(self) -> Path:
         """The run's folder."""
         return self.path.absolute().parents[len(PurePosixPath(self.place).parts) - 1]
@@ -408,6 +413,10 @@ class Staging:
         `logs` are files that may differ between two equal runs (times in them): listed, but not part of the identity.
         """
         job, files = self.job, {}
+        mask = os.umask(0)
+        os.umask(mask)
+        for file in self.path.rglob("*"):  # safetensors writes for its owner alone; who may read the run may read this
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
         for file in sorted(path for path in self.path.rglob("*") if path.is_file()):
             name = file.relative_to(self.path).as_posix()
             files[name] = {"bytes": file.stat().st_size, "sha256": hash_file(file)} | (

@@ -416,6 +416,8 @@ def make(
             if step.stage.name == "eval" and state.artifact is not None and not options.dry_run:
                 gate(made, state.artifact)
             before[step.place] = state
+        if not options.dry_run and made.origin is None and not options.overrides:
+            write_resolved(made, run, options)  # a gate or a port may have changed though nothing had to be made
         return done
 
 
@@ -432,9 +434,12 @@ def _run_step(made: Recipe, run: Run, step: Step, state: State, chosen: Device, 
     if state.word == "stale":
         console.say(f"{step.place} is stale: {'; '.join(state.reasons)}")
     if _started(run, step) is None:
+        if state.artifact is None and any(run.work(step.place).glob("step-*")):
+            console.warn(f"what {step.place} was begun with is not known any more; it starts over")
         _sweep(run, step)
     job = Job(made, run, step.place, state.settings, inputs, chosen, state.index, options.deadline)
-    write_resolved(made, run, options)
+    if step.stage.kind in ("tokens", "model") or not options.overrides:  # flags of eval and export are for this call
+        write_resolved(made, run, options)
     if step.stage.resumes:
         start = {**state.settings.as_json(), "index": state.index}
         write_json(job.work / "settings.json", start)
@@ -543,15 +548,28 @@ def _sweep(run: Run, step: Step) -> None:
 
 
 def write_resolved(made: Recipe, run: Run, options: Options) -> None:
-    """Keeps the recipe as it was resolved beside what it makes."""
+    """Keeps the recipe as it was resolved beside what it makes, unless an unfinished training goes on with another."""
+    if any(_is_other(made, run, name) for name in ("pretrain", "finetune")):
+        return
     origin = made.origin
     if origin is not None and origin.recipe:  # the recipe of the run itself: its own origin stays
         made = made.model_copy(update={"file": Path(origin.recipe)})
     text = recipe.resolved(made, [*(origin.overrides if origin else ()), *options.overrides])
     path = run.path / "recipe.resolved.toml"
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
     temporary = path.with_name(".recipe.resolved.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def _is_other(made: Recipe, run: Run, name: str) -> bool:
+    """Whether a training of that name was begun and not finished with other sections than the recipe has now."""
+    step = Step(STAGES[name], name, {})
+    started = _started(run, step)
+    if started is None:
+        return False
+    return getattr(made, name) is None or _sections(made, step) != started.get("sections")
 
 
 def point_current(run: Run) -> None:

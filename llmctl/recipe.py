@@ -219,7 +219,7 @@ class TrainingSection(Section):
         None, "Steps between validations; default: ten a run. 0: only at the end."
     )
     save_every: Annotated[int, Field(ge=0)] | None = _operational(
-        None, "Steps between checkpoints; default: about one a minute. 0: only when stopped."
+        None, "Steps between checkpoints; default: ten a run. 0: only when stopped."
     )
     log_every: Positive = _operational(10, "Steps between lines of metrics.jsonl.")
 

@@ -73,8 +73,11 @@ def resolve(
     if (path / MANIFEST).exists():
         artifact = Artifact.open(path)
         depth = len(Path(artifact.place).parts)
-        if artifact.kind == "model" and path.absolute().parts[-depth:] != Path(artifact.place).parts:
-            return _bare(path, run_dir, overrides, dry_run)  # copied out of its run: a model like any other
+        if not artifact.in_its_run():  # copied out of its run: a model like any other
+            if artifact.kind == "model":
+                return _bare(path, run_dir, overrides, dry_run)
+            bare = Recipe(name=recipe.default_name(path.resolve()), file=path / RESOLVED, root=path.absolute())
+            return Target(bare, Run(path), f"{path}: {artifact.place} {artifact.short}, apart from its run", artifact)
         run = Run(path.parents[depth - 1] if len(path.parts) > depth else artifact.run_path())
         return Target(_recipe_of(run, overrides), run, f"{path}: {artifact.place} {artifact.short}{why}", artifact)
     if (path / RESOLVED).exists() or any((path / place / MANIFEST).exists() for place in ("prep", *chain.MODEL_PLACES)):
@@ -135,7 +138,12 @@ def _recipe_of(run: Run, overrides: tuple[str, ...]) -> Recipe:
 
 
 def _differs(one: Recipe, other: Recipe) -> bool:
-    return any(getattr(one, name) != getattr(other, name) for name in ("seed", *recipe.SECTIONS) if name != "serve")
+    return any(_declared(one, name) != _declared(other, name) for name in ("seed", *recipe.SECTIONS) if name != "serve")
+
+
+def _declared(made: Recipe, name: str) -> object:
+    value = getattr(made, name)
+    return value.declared() if isinstance(value, recipe.Section) else value
 
 
 def origin_recipe(made: Recipe) -> Recipe | None:

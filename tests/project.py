@@ -89,8 +89,9 @@ class Project:
 
     def identities(self) -> dict[str, str]:
         """place -> identity of every artifact there is."""
-        found = sorted(self.run.glob("**/artifact.json"))
-        return {str(path.parent.relative_to(self.run)): json.loads(path.read_text())["identity"] for path in found}
+        found = {path.parent.relative_to(self.run): path for path in sorted(self.run.glob("**/artifact.json"))}
+        whole = {place: path for place, path in found.items() if not any(part.startswith(".") for part in place.parts)}
+        return {str(place): json.loads(path.read_text())["identity"] for place, path in whole.items()}
 
     def weights(self, place: str = "pretrain") -> bytes:
         return (self.run / place / "model.safetensors").read_bytes()

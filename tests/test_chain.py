@@ -338,8 +338,15 @@ def test_a_damaged_cheap_artifact_is_remade(finished: Project) -> None:
     assert finished.identities() == before
 
 
-STOP = "import os, signal, llmctl.training.checkpoint as c; save = c.save; " \
-    "c.save = lambda work, state, *a: (save(work, state, *a), os.kill(os.getpid(), signal.SIGKILL) if state.step == {} else 0)"  # fmt: skip
+STOP = """
+import os, llmctl.training.checkpoint as c
+save = c.save
+def deadly(work, state, *more):
+    save(work, state, *more)
+    if state.step == {}:
+        os.kill(os.getpid(), 9)
+c.save = deadly
+"""
 
 
 def unfinished(project: Project, stage: str = "pretrain", step: int = 6) -> None:
@@ -439,6 +446,16 @@ def test_the_kept_recipe_changes_only_when_something_is_made(fresh: Project) -> 
     fresh.llmctl("pretrain", "t.toml")
     fresh.llmctl("status", "t.toml")
     assert (fresh.run / "recipe.resolved.toml").read_text() == kept
+    assert fresh.llmctl("prep", "t.toml").code == 0  # up to date: what is begun still goes on as it was
+    assert fresh.llmctl("prep", "t.toml", "--rebuild").code == 0
+    assert (fresh.run / "recipe.resolved.toml").read_text() == kept
+    assert "resuming at step 6 of 12" in fresh.llmctl("pretrain", "runs/t").out
+
+
+def test_the_kept_recipe_follows_keys_that_make_nothing(finished: Project) -> None:
+    finished.edit("[export]", "[serve]\nport = 9123\n[export]")
+    assert "Nothing to do" in finished.llmctl("run", "t.toml").out
+    assert "port = 9123" in (finished.run / "recipe.resolved.toml").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------ runs/current

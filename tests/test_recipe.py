@@ -66,13 +66,14 @@ def refused(path: Path, *overrides: str) -> RecipeError:
 # ------------------------------------------------------------------------------------------------------------- errors
 
 # what is written, the line the error names, words of the message, words of the mend
+KEYS = "llmctl init --keys "
 MISTAKES = {
-    "key": ("[pretrain]\nlearning_rat = 1", 2, "unknown key `learning_rat` in [pretrain]", "Did you mean `learning_rate`"),
-    "key of a subsection": ("[prep]\nsources='x'\n[prep.tokenizer]\nvocab = 4", 4, "`vocab` in [prep.tokenizer]", "vocab_size"),
+    "key": ("[pretrain]\nlearning_rat = 1", 2, "unknown key `learning_rat` in [pretrain]", "mean `learning_rate`"),
+    "key of a subsection": ("[prep]\nsources='x'\n[prep.tokenizer]\nvocab = 4", 4, "`vocab` in [prep.tok", "vocab_size"),
     "key of another section": ("[pretrain]\n[export]\nlora_r = 1", 3, "`lora_r` in [export]", "a key of [finetune]"),
     "section": ("name='a'\n[pretrian]\n", 2, "unknown section or key `pretrian`", "Did you mean `pretrain`"),
     "top-level key": ("sed = 3", 1, "`sed`", "Did you mean `seed`"),
-    "kind": ("[model]\n\ndepth = 'six'", 3, "[model] depth: ", "llmctl init --keys model"),
+    "kind": ("[model]\n\ndepth = 'six'", 3, "[model] depth: ", KEYS + "model"),
     "kind in a list": ("[prep]\nsources = [\n 'a',\n 3]", 2, "[prep] sources: ", "llmctl init --keys prep"),
     "kind of a union": ("[pretrain]\nmicro_batch_size = 'many'", 2, "[pretrain] micro_batch_size: ", "--keys pretrain"),
     "range": ("[prep]\nsources='x'\nval_percent = 50", 3, "less than 50", "--keys prep"),

@@ -180,7 +180,12 @@ def test_the_run_is_mended_before_it_is_read(finished: Project) -> None:
 def test_a_run_that_is_being_written_is_left_alone(finished: Project) -> None:
     (finished.run / FINETUNE).rename(finished.run / ".old-finetune")
     (finished.run / ".staging-finetune").mkdir()
-    holder = "import fcntl, os, time; h = os.open('runs/t/.lock', os.O_RDWR); fcntl.flock(h, 2); print('held', flush=True); time.sleep(30)"
+    holder = """
+import fcntl, os, time
+fcntl.flock(os.open("runs/t/.lock", os.O_RDWR), fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(30)
+"""
     call = finished.start("--version", before=holder)
     call.until("held")
     try:

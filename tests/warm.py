@@ -19,9 +19,18 @@ from pathlib import Path
 from typing import Any
 
 MODULES = (
-    "llmctl.status llmctl.prep.stage llmctl.pretrain.stage llmctl.finetune.stage llmctl.eval.stage llmctl.export.stage "
-    "llmctl.model.importing llmctl.eval.compare llmctl.serve.chat onnxruntime sentencepiece tokenizers"
-).split()
+    "llmctl.status",
+    "llmctl.prep.stage",
+    "llmctl.pretrain.stage",
+    "llmctl.finetune.stage",
+    "llmctl.eval.stage",
+    "llmctl.export.stage",
+    "llmctl.model.importing",
+    "llmctl.serve.chat",
+    "onnxruntime",
+    "sentencepiece",
+    "tokenizers",
+)
 
 
 @dataclass

@@ -41,10 +41,12 @@ def answer(question: str) -> str:
 def ask(name: str, evaluations: Path, answers: Path) -> None:
     """Adds this model's answers to the file."""
     samples = [json.loads(line) for path in sorted(evaluations.glob("*/samples.jsonl")) for line in path.open()]
-    last = [sample for sample in samples if sample["model"] == samples[-1]["model"]]
-    short = sorted(last, key=lambda sample: len(sample["prompt"]))[:QUESTIONS]
+    asked = [sample for sample in samples if sample["model"] == samples[-1]["model"]]
+    if not asked:  # no conversations: a base model goes on with the beginnings that pretraining sampled from
+        rows = [json.loads(line) for line in (evaluations.parent / "pretrain" / "samples.jsonl").open()]
+        asked = [{"prompt": prompt, "reference": ""} for prompt in dict.fromkeys(row["prompt"] for row in rows)]
     with answers.open("a") as stream:
-        for sample in short:
+        for sample in sorted(asked, key=lambda sample: len(sample["prompt"]))[:QUESTIONS]:
             said = {"model": name, "question": sample["prompt"], "reference": sample["reference"]}
             stream.write(json.dumps({**said, "answer": answer(sample["prompt"])}) + "\n")
 
@@ -56,7 +58,8 @@ def show(answers: Path) -> None:
     for question in dict.fromkeys(row["question"] for row in rows):
         print("\n" + textwrap.indent(question, "  "))
         same = [row for row in rows if row["question"] == question]
-        for name, text in [*((row["model"], row["answer"]) for row in same), ("its docstring", same[0]["reference"])]:
+        reference = [("its docstring", same[0]["reference"])] * bool(same[0]["reference"])
+        for name, text in [*((row["model"], row["answer"]) for row in same), *reference]:
             print(f"  {name:<{width}}  {' '.join(text.split())[:110] or '(nothing)'}")
 
 

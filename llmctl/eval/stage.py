@@ -133,11 +133,11 @@ def _material(job: Job, section: EvalSection, tokenizer: Tokenizer) -> Material:
         ids, size = np.zeros(0, dtype=np.int64), 0
     specs = section.conversations or (job.recipe.finetune.sources if job.recipe.finetune else ())
     percent = job.recipe.finetune.val_percent if job.recipe.finetune else 100.0
-    chats = [
+    chats = [  # one that ends with a question has no answer to compare with
         found
         for spec in specs
         for found in conversations(spec, root, on_error="skip")
-        if sources.is_held_out(found, percent)
+        if sources.is_held_out(found, percent) and found.messages[-1]["role"] == "assistant"
     ]
     random.Random(job.recipe.seed).shuffle(chats)
     questions = {tasks.name_of(spec): tasks.questions(spec, root) for spec in section.tasks}

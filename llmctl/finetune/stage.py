@@ -31,6 +31,7 @@ def finetune(job: Job) -> Artifact:
     section, start = job.recipe.section("finetune"), job.inputs["model"]
     tokenizer = Tokenizer.load(start.path)
     template = ChatTemplate.load(start.path) or ChatTemplate(chat.CHATML)
+    ends = _ends_of_turn(tokenizer, template, start)
     model = hf.load(start.path, device=job.device.torch)
     length = min(section.max_seq_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
     train, held_out = _conversations(job, section)
@@ -95,9 +96,8 @@ def finetune(job: Job) -> Artifact:
         if section.method == "lora":
             lora.save_adapter(model, staging.path / "adapter")
             model = lora.merge(model)
-        end = tokenizer.special("<|im_end|>")
         model.config = dataclasses.replace(
-            model.config, eos_token_id=tuple(dict.fromkeys((end, *model.config.eos_ids)))
+            model.config, eos_token_id=tuple(dict.fromkeys((*ends, *model.config.eos_ids)))
         )
         runner = TorchRunner.of(model)
         after = answers.score(runner, tokenizer, template, probe).bits_per_byte
@@ -142,6 +142,19 @@ def _conversations(job: Job, section: FinetuneSection) -> tuple[list[Conversatio
     if section.max_examples is not None and len(train) > section.max_examples:
         train = [train[i] for i in sorted(chooser.sample(range(len(train)), section.max_examples))]
     return train, held_out
+
+
+def _ends_of_turn(tokenizer: Tokenizer, template: ChatTemplate, start: Artifact) -> tuple[int, ...]:
+    """The token that ends a turn of our own template; a model that brought its template knows its own."""
+    if template.source != chat.CHATML:
+        return ()
+    if "<|im_end|>" not in tokenizer.specials:
+        raise DataError(
+            "this vocabulary has no <|im_end|>, which the ChatML template ends a turn with",
+            file=start.path / "tokenizer.json",
+            hint="put a chat_template.jinja of the model's own into its folder",
+        )
+    return (tokenizer.special("<|im_end|>"),)
 
 
 def _with_system(conversation: Conversation, system: str) -> Conversation:

@@ -65,7 +65,7 @@ def make(section: TrainingSection, *, sequences: int, length: int, width: int, p
         told.append(f"learning_rate {rate:g} = {peak:g} x sqrt(256 / width)")
     warmup = section.warmup_steps if section.warmup_steps is not None else min(max(10, steps // 50), max(1, steps // 4))
     if section.warmup_steps is None:
-        told.append(f"warmup_steps {warmup} = 2 % of the steps, at least 10")
+        told.append(f"warmup_steps {warmup} = 2 % of the steps, at least 10, at most a quarter")
     if section.micro_batch_size != "auto":
         micro = min(section.micro_batch_size, batch)
     else:

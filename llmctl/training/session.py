@@ -51,9 +51,7 @@ def choose(job: Job, section: TrainingSection, loss: Loss, flops: float, micro_b
     """The choices of this run, old ones where it was begun before, and the loss, compiled or not."""
     path = job.work / "choices.json"
     dtype, why = job.device.dtype(section.dtype)
-    if path.exists():
-        kept = json.loads(path.read_text())
-        choices = Choices(**{**kept, "isa": tuple(kept["isa"])})
+    if (choices := _kept(path)) is not None:
         if choices.threads != job.device.threads or set(choices.isa) != job.device.isa:
             console.warn("this run was begun on another machine or with other threads: it goes on, but not bitwise")
         if section.micro_batch_size != "auto" and micro_batch != choices.micro_batch:
@@ -72,11 +70,26 @@ def choose(job: Job, section: TrainingSection, loss: Loss, flops: float, micro_b
     return choices, ready
 
 
+def _kept(path: Path) -> Choices | None:
+    """The choices of the session before; None where there was none, or they can't be read."""
+    if not path.exists():
+        return None
+    try:
+        kept = json.loads(path.read_text())
+        return Choices(**{**kept, "isa": tuple(kept["isa"])})
+    except (ValueError, TypeError, KeyError):
+        console.warn(f"{path} cannot be read; this machine chooses anew, and what follows may not be bitwise the same")
+        return None
+
+
 def resume(job: Job, seed: int, model: Decoder, optimizers: Sequence[Optimizer], steps: int) -> State:
     """The state of the newest whole checkpoint, loaded into the model, else a fresh one. Logs are rewound to it."""
     torch.manual_seed(seed)
+    begun = bool(checkpoint.checkpoints(job.work))
     found = checkpoint.newest(job.work)
     state = State()
+    if begun and found is None:
+        console.warn(f"no checkpoint is left; {job.settings.stage} starts over")
     if found is not None:
         folder, state = found
         checkpoint.restore(folder, model, optimizers)

@@ -236,8 +236,12 @@ def test_the_table_in_markdown_has_stdout_for_itself(finished: Project) -> None:
 
 def test_two_models_with_one_score_are_doubted(finished: Project) -> None:
     """Different weights, the same loss to the last digit: one of them was not really loaded."""
-    same = "import llmctl.model.hf as hf; load = hf.load\nhf.load = lambda folder, *a, **k: load('runs/t/pretrain' if str(folder).endswith('finetune') else folder, *a, **k)"
-    same = same.replace("load('runs/t/pretrain'", "load(__import__('pathlib').Path('runs/t/pretrain')")
+    same = """
+from pathlib import Path
+import llmctl.model.hf as hf
+load = hf.load
+hf.load = lambda folder, *a, **k: load(Path("runs/t/pretrain") if folder.name == "finetune" else folder, *a, **k)
+"""
     done = finished.llmctl("eval", "t.toml", "--rebuild", before=same)
     assert done.code == 0, done.err
     assert "pretrain and finetune have different weights and exactly the same loss" in done.out
