@@ -73,7 +73,7 @@ def recipe_page() -> str:
         "",
     ]
     for section in SECTIONS:
-        about = recipe._SECTION_TYPES[section].__doc__ or ""
+        about = recipe.SECTION_TYPES[section].__doc__ or ""
         parts += [
             f"## [{section}]",
             "",
@@ -112,7 +112,7 @@ def main() -> int:
     """Writes the pages, or compares them."""
     pages = {
         "recipe.md": recipe_page(),
-        "recipe.schema.json": json.dumps(recipe.schema(), indent=2) + "\n",
+        "recipe.schema.json": json.dumps(recipe.json_schema(), indent=2) + "\n",
         "result.schema.json": json.dumps(RESULT, indent=2) + "\n",
         "commands.md": commands_page(),
     }

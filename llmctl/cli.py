@@ -473,7 +473,7 @@ def init(
         from llmctl import recipe
 
         if schema:
-            console.document(recipe.schema())
+            console.document(recipe.json_schema())
             return None
         rows = recipe.reference(keys)
         console.columns(rows)

@@ -371,7 +371,7 @@ def accepts(schema: dict[str, Any], value: Any, whole: dict[str, Any]) -> bool:
 
 
 def test_the_schema_takes_what_llmctl_takes() -> None:
-    schema = recipe.schema()
+    schema = recipe.json_schema()
     assert accepts(schema, tomllib.loads(WHOLE), schema)
     assert accepts(schema, {"base": "x.toml"}, schema)
     assert accepts(schema, {"prep": {"sources": "notes.txt"}, "model": {"from": "x"}}, schema)
@@ -381,12 +381,12 @@ def test_the_schema_takes_what_llmctl_takes() -> None:
     "mistake", ["key", "key of a subsection", "section", "kind", "kind in a list", "choice", "range"]
 )
 def test_the_schema_refuses_what_llmctl_refuses(mistake: str) -> None:
-    schema = recipe.schema()
+    schema = recipe.json_schema()
     assert not accepts(schema, tomllib.loads(MISTAKES[mistake][0]), schema)
 
 
 def test_the_schema_hides_what_llmctl_writes_itself() -> None:
-    assert not {"origin", "file", "root"} & set(recipe.schema()["properties"])
+    assert not {"origin", "file", "root"} & set(recipe.json_schema()["properties"])
 
 
 # ---------------------------------------------------------------------------------------------------------- reference

@@ -24,7 +24,7 @@ def test_recipe(path: Path, tmp_path: Path) -> None:
     made = recipe.load(path)
     assert made.name == path.stem
     assert chain.steps(made, Run(tmp_path / "runs" / made.name))
-    schema = recipe.schema()
+    schema = recipe.json_schema()
     assert accepts(schema, tomllib.loads(path.read_text(encoding="utf-8")), schema)
 
 

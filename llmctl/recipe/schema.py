@@ -1,0 +1,394 @@
+"""The sections of a recipe and what their keys mean.
+
+A section that is absent is a stage that is absent. A value of `None` or "auto" is derived by the stage that needs it,
+which prints the formula. Keys marked operational say how a call runs, not what it makes: they never enter an
+artifact's identity.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+class _OneOrMany:
+    """Of a tuple: a single value stands for a list of one, in the recipe as in its JSON Schema."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(_as_tuple, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        many = handler(schema)
+        return {"anyOf": [many, many["items"]]}
+
+
+Positive = Annotated[int, Field(gt=0)]
+Sources = Annotated[tuple[str, ...], _OneOrMany()]
+
+
+def _operational(default: Any, description: str, **rules: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"operational": True}, **rules)
+
+
+class Section(BaseModel):
+    """A table of the recipe. Unknown keys are errors; values never change once read."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True, allow_inf_nan=False
+    )
+
+    def declared(self) -> dict[str, Any]:
+        """What enters an artifact's identity: every key that is not operational, defaults filled in, under its TOML
+        name.
+        """
+        kept: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if is_operational(field):
+                continue
+            kept[field.alias or name] = value.declared() if isinstance(value, Section) else plain(value)
+        return kept
+
+
+def plain(value: Any) -> Any:
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def is_operational(field: FieldInfo) -> bool:
+    """Whether a key says how a call runs rather than what it makes."""
+    return bool(isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational"))
+
+
+class TokenizerSection(Section):
+    """The vocabulary."""
+
+    type: Literal["bpe", "unigram", "char", "byte"] = Field(
+        "bpe",
+        description="bpe: SentencePiece BPE with byte fallback, ids equal in every tool. unigram: trains 15 "
+        "times slower and "
+        "its tokenizer.json is not promised to agree id for id. char: one piece a character. byte: no training at all.",
+    )
+    vocab_size: Annotated[int, Field(ge=300, le=262_144)] = Field(
+        4096,
+        description="Pieces in all, special and byte pieces included (bpe and unigram). Small models want small "
+        "vocabularies.",
+    )
+    source: str = Field(
+        "",
+        alias="from",
+        description="Take the tokenizer of this artifact or Hugging Face folder instead of training one.",
+    )
+
+
+class PrepSection(Section):
+    """Text in, tokens out."""
+
+    sources: Sources = Field(
+        description="Files, folders, globs (.txt .md .rst .html, source code, .jsonl), `builtin:python-stdlib` or "
+        "`builtin:python-docstrings`."
+    )
+    text_key: str = Field("", description="The key of a JSONL line that holds the text; empty: guessed, and printed.")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="A line that can't be read: stop with its file and line, or count and skip it."
+    )
+    normalize: Literal["nfc", "none"] = Field(
+        "nfc", description="Unicode normalisation form. Newlines always become \\n."
+    )
+    val_percent: Annotated[float, Field(gt=0, lt=50)] = Field(
+        6.0,
+        description="Share of documents held out, chosen by a hash of each document. Below 100 documents: the "
+        "tail 10 % of the text.",
+    )
+    tokenizer: TokenizerSection = Field(TokenizerSection(), description="The vocabulary.")
+
+    @field_validator("sources")
+    @classmethod
+    def _not_empty(cls, value: Sources) -> Sources:
+        if not value:
+            raise ValueError("names no source")
+        return value
+
+
+class ModelSection(Section):
+    """The shape of the model. `depth` alone is enough: the rest is derived from it and printed."""
+
+    source: str = Field(
+        "",
+        alias="from",
+        description="Start from this artifact or Hugging Face folder; the other keys then come from it.",
+    )
+    family: Literal["qwen3", "llama"] = Field(
+        "qwen3", description="The architecture, as transformers names it. qwen3 normalises queries and keys."
+    )
+    depth: Positive | None = Field(
+        None,
+        description="The one dial: number of layers, from which width, heads and learning rates follow (4 if "
+        "nothing is said).",
+    )
+    num_hidden_layers: Positive | None = Field(None, description="Layers; default: depth.")
+    hidden_size: Positive | None = Field(None, description="Width; default: 128 x depth / 3, up to a multiple of 64.")
+    intermediate_size: Positive | None = Field(
+        None, description="Width inside the MLP; default: 8/3 of the width, up to a multiple of 64."
+    )
+    num_attention_heads: Positive | None = Field(None, description="Query heads; default: width / head_dim.")
+    num_key_value_heads: Positive | None = Field(
+        None, description="Key and value heads; default: as many as query heads."
+    )
+    head_dim: Positive | None = Field(None, description="Width of a head; default: 64 (32 for widths below 128).")
+    max_seq_length: Annotated[int, Field(ge=8, le=1_048_576)] = Field(512, description="Context length in tokens.")
+    tie_word_embeddings: bool = Field(True, description="Use one matrix to read tokens and to predict them.")
+    rope_theta: Annotated[float, Field(gt=0)] = Field(
+        10_000.0, description="Base of the rotary position embedding (RoFormer, arXiv:2104.09864)."
+    )
+    rms_norm_eps: Annotated[float, Field(gt=0)] = Field(1e-6, description="Epsilon of RMSNorm.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Dropout on the residual branches while training; for small data seen many times."
+    )
+
+
+class TrainingSection(Section):
+    """What pretraining and finetuning share."""
+
+    max_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Optimiser steps; default: from `epochs`. 0: the weights as they are before training."
+    )
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Passes over the training data; default 1, unless max_steps is given."
+    )
+    global_batch_size: Positive | None = Field(
+        None, description="Sequences an optimiser step; default: derived, and printed."
+    )
+    micro_batch_size: Literal["auto"] | Positive = _operational(
+        "auto", "Sequences at a time through the model; gradients are accumulated up to global_batch_size."
+    )
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Peak learning rate; default: derived from the optimiser and the width."
+    )
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="The last learning rate as a share of the peak."
+    )
+    lr_scheduler: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="cosine; wsd: warm-up, stable, then a linear decay; constant."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Steps of linear warm-up; default: 2 % of the steps, at least 10."
+    )
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = Field(0.4, description="wsd: share of the steps spent decaying.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="Decoupled weight decay on matrices; norms, biases and embeddings have none."
+    )
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Gradients are clipped to this global norm; 0 turns it off."
+    )
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="Of the matrix products. auto: bf16 where the device multiplies it fast. fp32 on CPU is "
+        "bitwise repeatable.",
+    )
+    compile: Literal["auto"] | bool = _operational(
+        "auto",
+        "torch.compile. auto: where a C++ compiler is and the run is long enough to pay for it; stored and "
+        "reused on resume.",
+    )
+    eval_every: Annotated[int, Field(ge=0)] | None = _operational(
+        None, "Steps between validations; default: ten a run. 0: only at the end."
+    )
+    save_every: Annotated[int, Field(ge=0)] | None = _operational(
+        None, "Steps between checkpoints; default: ten a run. 0: only when stopped."
+    )
+    log_every: Positive = _operational(10, "Steps between lines of metrics.jsonl.")
+
+
+class PretrainSection(TrainingSection):
+    """Next-token prediction on the tokens of prep."""
+
+    optimizer: Literal["muon", "adamw"] = Field(
+        "muon",
+        description="muon: torch.optim.Muon for matrices, AdamW for embeddings and norms. adamw: for everything.",
+    )
+    prompts: tuple[str, ...] = _operational(
+        (), "Beginnings that the model continues now and then, for samples.jsonl; default: from the validation text."
+    )
+    sample_every: Annotated[int, Field(ge=0)] | None = _operational(
+        None, "Steps between samples; default: with each validation."
+    )
+
+
+class FinetuneSection(TrainingSection):
+    """Chat finetuning: loss on the assistant's tokens only."""
+
+    sources: Sources = Field(
+        description="JSONL of `messages`, prompt/completion, Alpaca or ShareGPT shape, or `builtin:python-docstrings`."
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="A line that can't be used: stop with its file and line, or count and skip it."
+    )
+    val_percent: Annotated[float, Field(gt=0, lt=50)] = Field(
+        6.0, description="Share of conversations held out, by the same hash as prep's."
+    )
+    max_seq_length: Positive | None = Field(
+        None,
+        description="Longest conversation in tokens; longer ones are left out and counted. Default: the model's "
+        "context.",
+    )
+    max_examples: Positive | None = Field(None, description="Use at most this many conversations, chosen by the seed.")
+    system: str = Field("", description="A system message put before conversations that have none.")
+    method: Literal["full", "lora"] = Field(
+        "full",
+        description="full: all weights. lora: low-rank adapters (arXiv:2106.09685), published beside the merged model.",
+    )
+    lora_r: Positive = Field(16, description="Rank of the adapters.")
+    lora_alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="Scale of the adapters: alpha / r.")
+    lora_target_modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        description="Which projections get an adapter.",
+    )
+    optimizer: Literal["muon", "adamw"] = Field(
+        "adamw", description="As in [pretrain]; adamw is the usual choice here."
+    )
+
+    @field_validator("sources")
+    @classmethod
+    def _not_empty(cls, value: Sources) -> Sources:
+        if not value:
+            raise ValueError("names no source")
+        return value
+
+
+class EvalSection(Section):
+    """How good the last model is, beside the one it was made from."""
+
+    text: Sources = Field(
+        (), description="Texts to score for perplexity and bits a byte; default: prep's validation split."
+    )
+    tasks: Sources = Field(
+        (),
+        description="JSONL task files: {question, choices, answer} for multiple choice, {question, answer} for "
+        "exact answers.",
+    )
+    num_fewshot: Annotated[int, Field(ge=0)] = Field(
+        0, description="Worked examples put before each question, from the file's own first lines."
+    )
+    conversations: Sources = Field(
+        (), description="Chats whose held-out answers are scored and generated; default: finetune's sources."
+    )
+    max_examples: Positive = Field(256, description="At most this many conversations and questions a task.")
+    max_new_tokens: Positive = Field(128, description="Longest generated answer in tokens.")
+    require: dict[str, str] = Field(
+        default_factory=dict,
+        description='Gates, e.g. val_bits_per_byte = "<1.6"; a metric that misses one ends with exit 5.',
+        json_schema_extra={"operational": True},
+    )
+
+    @field_validator("require")
+    @classmethod
+    def _gates(cls, value: dict[str, str]) -> dict[str, str]:
+        for metric, rule in value.items():
+            if not re.fullmatch(r"\s*(<=|>=|<|>)\s*-?\d+(\.\d+)?([eE][+-]?\d+)?\s*", rule):
+                raise ValueError(f'{metric} = "{rule}" is not a comparison such as "<1.6"')
+        return value
+
+
+class ExportSection(Section):
+    """The model in the form another runtime takes."""
+
+    formats: Annotated[tuple[Literal["onnx", "hf"], ...], _OneOrMany()] = Field(
+        ("onnx",), description="onnx: a decoder graph with a KV cache. hf: the clean Hugging Face folder."
+    )
+    text: str = Field(
+        "",
+        description="Text for the perplexity check of the parity gate; default: the lineage's validation split, "
+        "else the built-in text.",
+    )
+
+
+class ServeSection(Section):
+    """The HTTP server. Nothing here makes an artifact."""
+
+    host: str = _operational("127.0.0.1", "Address to listen on; anything else than this machine wants an api_key.")
+    port: Annotated[int, Field(ge=0, le=65535)] = _operational(8000, "Port; 0 takes a free one.")
+    api_key: str = _operational(
+        "", "Clients must send it as a bearer token; empty: no key asked. Better: the variable LLMCTL_API_KEY."
+    )
+    served_model_name: str = _operational("", "The name clients ask for; default: the run's name.")
+    max_model_len: Annotated[int, Field(ge=0)] = _operational(
+        0, "Cap on prompt and answer together; 0: the model's context."
+    )
+    runtime: Literal["auto", "onnx", "torch"] = _operational("auto", "auto: the exported ONNX where there is one.")
+
+
+class OriginSection(Section):
+    """Where a resolved recipe came from; written by llmctl into recipe.resolved.toml, never by hand."""
+
+    recipe: str = _operational("", "The recipe file.")
+    root: str = _operational("", "The folder its paths are relative to.")
+    overrides: tuple[str, ...] = _operational((), "The --set arguments of that call.")
+
+
+SECTIONS = ("prep", "model", "pretrain", "finetune", "eval", "export", "serve")
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
+        "", description="The run's name: runs/<name>; default: the file's name.", validate_default=False
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Everything random flows from it.")
+    prep: PrepSection | None = None
+    model: ModelSection | None = None
+    pretrain: PretrainSection | None = None
+    finetune: FinetuneSection | None = None
+    eval: EvalSection | None = None
+    export: ExportSection | None = None
+    serve: ServeSection | None = None
+    origin: OriginSection | None = None
+    file: Path = Field(Path("recipe.toml"), exclude=True)
+    root: Path = Field(Path(), exclude=True)
+
+    @field_validator("name")
+    @classmethod
+    def _not_reserved(cls, value: str) -> str:
+        if value == "current":
+            raise ValueError("runs/current means the run that was made last; choose another name")
+        return value
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Recipe:
+        if self.pretrain is not None and self.prep is None:
+            raise ValueError("[pretrain] needs a [prep] section: it trains on prep's tokens")
+        return self
+
+    def section(self, name: str) -> Any:
+        """The section called `name`, its defaults where the recipe leaves it out."""
+        found = getattr(self, name)
+        return found if found is not None else SECTION_TYPES[name]()
+
+
+SECTION_TYPES: dict[str, type[Section]] = {
+    "prep": PrepSection,
+    "prep.tokenizer": TokenizerSection,
+    "model": ModelSection,
+    "pretrain": PretrainSection,
+    "finetune": FinetuneSection,
+    "eval": EvalSection,
+    "export": ExportSection,
+    "serve": ServeSection,
+}
