@@ -69,7 +69,7 @@ def refused(path: Path, *overrides: str) -> RecipeError:
 KEYS = "llmctl init --keys "
 MISTAKES = {
     "key": ("[pretrain]\nlearning_rat = 1", 2, "unknown key `learning_rat` in [pretrain]", "mean `learning_rate`"),
-    "key of a subsection": ("[prep]\nsources='x'\n[prep.tokenizer]\nvocab = 4", 4, "`vocab` in [prep.tok", "vocab_size"),
+    "key of a subsection": ("[prep]\nsources='x'\n[prep.tokenizer]\nvocab = 4", 4, "`vocab` in [prep.tok", "vocab"),
     "key of another section": ("[pretrain]\n[export]\nlora_r = 1", 3, "`lora_r` in [export]", "a key of [finetune]"),
     "section": ("name='a'\n[pretrian]\n", 2, "unknown section or key `pretrian`", "Did you mean `pretrain`"),
     "top-level key": ("sed = 3", 1, "`sed`", "Did you mean `seed`"),

@@ -46,7 +46,8 @@ def ask(name: str, evaluations: Path, answers: Path) -> None:
         rows = [json.loads(line) for line in (evaluations.parent / "pretrain" / "samples.jsonl").open()]
         asked = [{"prompt": prompt, "reference": ""} for prompt in dict.fromkeys(row["prompt"] for row in rows)]
     with answers.open("a") as stream:
-        for sample in sorted(asked, key=lambda sample: len(sample["prompt"]))[:QUESTIONS]:
+        by_length = sorted(asked, key=lambda sample: len(sample["prompt"]))
+        for sample in by_length[len(by_length) // 3 :][:QUESTIONS]:  # neither one-liners nor pages
             said = {"model": name, "question": sample["prompt"], "reference": sample["reference"]}
             stream.write(json.dumps({**said, "answer": answer(sample["prompt"])}) + "\n")
 
