@@ -27,6 +27,11 @@ MODULES = (
     "llmctl.export.stage",
     "llmctl.model.importing",
     "llmctl.serve.chat",
+    "torch._dynamo",  # what optimisers import when they are first used
+    "torch.distributed.fsdp",
+    "jinja2.sandbox",
+    "typer.rich_utils",
+    "rich.table",
     "onnxruntime",
     "sentencepiece",
     "tokenizers",

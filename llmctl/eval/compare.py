@@ -24,10 +24,8 @@ SIGNIFICANT = 2.0  # standard errors
 
 def table(columns: Sequence[tuple[str, Mapping[str, float]]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a row a metric, a column a model."""
-    # In the order of the last column, the subject, which was scored on everything.
-    names = list(
-        dict.fromkeys(name for _, scored in reversed(columns) for name in scored if not name.endswith("_stderr"))
-    )
+    found = {name for _, metrics in columns for name in metrics if not name.endswith("_stderr")}
+    names = [name for name in LABELS if name in found] + sorted(found - set(LABELS))
     rows = [[LABELS.get(name, name), *(_shown(name, metrics) for _, metrics in columns)] for name in names]
     return ["", *(title for title, _ in columns)], rows
 

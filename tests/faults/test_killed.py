@@ -59,7 +59,7 @@ def killed_by_the_clock(fresh: Project, seed: int, times: int) -> None:
     chance = random.Random(seed)
     for _ in range(times):
         call = fresh.start("run", "t.toml")
-        time.sleep(chance.uniform(0.05, 1.5))
+        time.sleep(chance.uniform(0.02, 0.5))
         call.kill()
         done = call.wait()
         if done.code == 0:
