@@ -175,6 +175,7 @@ def is_builtin(source: str) -> bool:
 
 
 def parse_override(argument: str) -> tuple[tuple[str, ...], Any]:
+    """`section.key=value` as a key and its value in TOML; a path in it means from the current folder."""
     key, equals, text = argument.partition("=")
     if not equals or not key.strip():
         raise RecipeError(
