@@ -235,7 +235,8 @@ def source_names(made: Recipe, step: Step) -> list[str]:
         "export": tuple(filter(None, [made.section("export").text])),
     }
     evaluation = made.section("eval")
-    chats = evaluation.conversations or (made.finetune.sources if made.finetune else ())
+    is_base = step.inputs.get("model", "").removeprefix("export/").partition("/")[0] == "pretrain"  # it has no turns
+    chats = () if is_base else evaluation.conversations or (made.finetune.sources if made.finetune else ())
     names["eval"] = (*evaluation.text, *evaluation.tasks, *chats)
     return list(dict.fromkeys(names.get(step.stage.name, ())))
 
@@ -287,6 +288,8 @@ def _scan_model(
 def _started(run: Run, step: Step) -> dict[str, Any] | None:
     """The settings of an unfinished training. Those of the artifact itself are leftovers of a finished one: none."""
     found = _read_json(run.work(step.place) / "settings.json") if step.stage.resumes else None
+    if found is not None and not {"version", "seed", "sections", "inputs", "sources"} <= found.keys():
+        return None
     with contextlib.suppress(DataError):
         artifact = run.artifact(step.place) if found is not None else None
         if found is not None and artifact is not None:
@@ -507,7 +510,8 @@ def _refuse(made: Recipe, run: Run, step: Step, state: State, inherited: list[st
     settings = state.settings
     if settings is None:  # an input will be made first
         old = started.get("sections", {})
-        own = [line for name, now in _sections(made, step).items() for line in _changed(f"[{name}]", old[name], now)]
+        now = _sections(made, step)
+        own = [line for name in now for line in _changed(f"[{name}]", old.get(name, {}), now[name])]
         gone = False
     else:
         own = difference(started, settings, state.index, started.get("index", {}))

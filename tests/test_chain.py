@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,18 @@ def test_a_file_more_and_a_file_less_are_named(finished: Project) -> None:
     assert finished.reasons(PREP, "t.toml") == ["text changed (string.py)"]
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are always UTF-8")
+def test_a_file_name_that_is_no_utf8(fresh: Project) -> None:
+    """An old archive's caf\\xe9.txt: read like any other, and named so that a terminal and a manifest can take it."""
+    path = os.fsencode(fresh.path / "text") + b"/caf\xe9.txt"
+    with open(path, "wb") as stream:
+        stream.write(b"something to read " * 100)
+    assert fresh.llmctl("prep", "t.toml").code == 0
+    with open(path, "ab") as stream:
+        stream.write(b"and more")
+    assert fresh.reasons(PREP, "t.toml") == ["text changed (caf\\xe9.txt)"]
+
+
 CHANGES = {
     "a key": ("vocab_size = 400", "vocab_size = 401", PREP, "[prep.tokenizer] vocab_size 400 -> 401"),
     "a default": ("depth = 1", "depth = 1\nfamily = 'llama'", PRETRAIN, "[model] family qwen3 -> llama"),
@@ -206,6 +219,8 @@ def test_runs_copied_without_their_sources_still_work(finished: Project) -> None
     assert onnx.code == 0, onnx.err
     after = copied.identities()
     assert after.items() >= before.items()  # nothing was trained again, and the export is the same to the last byte
+    base = copied.llmctl("eval", "runs/t/pretrain")  # on the validation split, which travels in prep
+    assert base.code == 0, base.err
     shutil.rmtree(copied.run / "eval")
     evaluated = copied.llmctl("eval", "--set", f"eval.text={copied.run / 'pretrain' / 'config.json'}")
     assert evaluated.code == 3  # its chats are not here

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +86,20 @@ def test_every_token_of_a_text_is_counted_once(finished: Project) -> None:
     assert int(np.max(splits["train"][:])) < 400
 
 
-@pytest.mark.slow
-def test_the_smoke_recipe(tmp_path: Path) -> None:
-    """recipes/tiny.toml, the smoke test of CI, and a second run that does no work."""
-    start = time.monotonic()
-    made = llmctl("run", str(RECIPES / "tiny.toml"), cwd=tmp_path)
-    assert time.monotonic() - start < 600  # no timing is asserted tightly: the machine may be busy
-    assert all(stage["made"] for stage in made["stages"].values())
-    evaluation = json.loads((tmp_path / "runs/tiny/eval/finetune/artifact.json").read_text())["metrics"]
-    assert evaluation["answer_bits_per_byte"] < evaluation["answer_bits_per_byte_before"]
-    again = llmctl("run", str(RECIPES / "tiny.toml"), cwd=tmp_path)
+def test_the_ci_pipeline_on_the_smoke_recipe(tmp_path: Path) -> None:
+    """docs/ci/pipeline.sh on recipes/tiny.toml: text to a model that answered over HTTP; a second run does no work."""
+    bin_folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    environment["GITHUB_STEP_SUMMARY"] = str(tmp_path / "summary.md")
+    command = ["bash", str(RECIPES.parent / "docs/ci/pipeline.sh"), str(RECIPES / "tiny.toml"), "runs/ci"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ci answered (" in done.stdout
+    assert "| bits/byte of answers |" in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "runs/ci/report.html").is_file()
+    for line in (tmp_path / "runs/ci/events.jsonl").read_text().splitlines():
+        assert json.loads(line)["event"]
+    metrics = json.loads((tmp_path / "runs/ci/eval/finetune/artifact.json").read_text())["metrics"]
+    assert metrics["answer_bits_per_byte"] < metrics["answer_bits_per_byte_before"]
+    again = llmctl("run", str(RECIPES / "tiny.toml"), "--run-dir", "runs/ci", cwd=tmp_path)
     assert not any(stage["made"] for stage in again["stages"].values())

@@ -24,7 +24,6 @@ MODULES = (
     "llmctl.pretrain.stage",
     "llmctl.finetune.stage",
     "llmctl.eval.stage",
-    "llmctl.export.stage",
     "llmctl.model.importing",
     "llmctl.serve.chat",
     "torch._dynamo",  # what optimisers import when they are first used
@@ -32,7 +31,7 @@ MODULES = (
     "jinja2.sandbox",
     "typer.rich_utils",
     "rich.table",
-    "onnxruntime",
+    "onnx",  # but not onnxruntime: it starts a thread, and a process with two must not fork
     "sentencepiece",
     "tokenizers",
 )
@@ -164,6 +163,8 @@ def _serve() -> None:
     warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
     for name in MODULES:
         importlib.import_module(name)
+    if (tasks := Path("/proc/self/task")).is_dir():
+        assert len(list(tasks.iterdir())) == 1, "an import started a thread: forking could hang"
     open_: set[int] = set()
     for line in sys.stdin:
         question = json.loads(line)

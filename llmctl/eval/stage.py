@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from llmctl.model.transformer import Decoder
 from llmctl.recipe import EvalSection
 from llmctl.text import sources, tasks
 from llmctl.text.chat import ChatTemplate
-from llmctl.text.conversations import Conversation, conversations
+from llmctl.text.conversations import Conversation, conversations, with_system
 from llmctl.text.shards import Shards
 from llmctl.text.tasks import Question
 from llmctl.text.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def evaluate(job: Job) -> Artifact:
     section, subject = job.recipe.section("eval"), job.inputs["model"]
     tokenizer = Tokenizer.load(subject.path)
     template = ChatTemplate.load(subject.path)
-    material = _material(job, section, tokenizer)
+    material = _material(job, section, tokenizer, template)
     console.stage("eval", f"{subject.place} {subject.short} · weights {_weights(subject)[:8]}")
     columns = _columns(job, subject)
     for column in columns:
@@ -109,7 +109,7 @@ def _weights(artifact: Artifact) -> str:
     return hash_file(artifact.path / "artifact.json")
 
 
-def _material(job: Job, section: EvalSection, tokenizer: Tokenizer) -> Material:
+def _material(job: Job, section: EvalSection, tokenizer: Tokenizer, template: ChatTemplate | None) -> Material:
     data, root = job.inputs.get("data"), job.recipe.root
     if section.text:
         tally = sources.Tally()
@@ -131,19 +131,26 @@ def _material(job: Job, section: EvalSection, tokenizer: Tokenizer) -> Material:
         ids, size = val[:], val.bytes
     else:
         ids, size = np.zeros(0, dtype=np.int64), 0
-    specs = section.conversations or (job.recipe.finetune.sources if job.recipe.finetune else ())
-    percent = job.recipe.finetune.val_percent if job.recipe.finetune else 100.0
-    chats = [  # one that ends with a question has no answer to compare with
-        found
-        for spec in specs
-        for found in conversations(spec, root, on_error="skip")
-        if sources.is_held_out(found, percent) and found.messages[-1]["role"] == "assistant"
-    ]
+    chats = list(_chats(job, section)) if template is not None else []
     random.Random(job.recipe.seed).shuffle(chats)
     questions = {tasks.name_of(spec): tasks.questions(spec, root) for spec in section.tasks}
     if not len(ids) and not chats and not questions:
         raise DataError("nothing to score on", hint="set [eval] text, tasks or conversations")
     return Material(ids, size, chats[: section.max_examples], questions)
+
+
+def _chats(job: Job, section: EvalSection) -> Iterator[Conversation]:
+    """Conversations that no training has seen, under the system message that finetuning put them under.
+
+    Of finetune's own sources those are the held-out ones; of any other source, all. One that ends with a question has
+    no answer to compare with.
+    """
+    learned = job.recipe.finetune
+    for spec in section.conversations or (learned.sources if learned else ()):
+        percent = learned.val_percent if learned is not None and spec in learned.sources else 100.0
+        for found in conversations(spec, job.recipe.root, on_error="skip"):
+            if sources.is_held_out(found, percent) and found.messages[-1]["role"] == "assistant":
+                yield with_system(found, learned.system if learned else "")
 
 
 def _score_text(column: Column, material: Material) -> None:

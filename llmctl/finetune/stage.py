@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import random
 
 from llmctl import console
@@ -16,7 +15,7 @@ from llmctl.model import hf, lora
 from llmctl.recipe import FinetuneSection
 from llmctl.text import chat, sources
 from llmctl.text.chat import ChatTemplate
-from llmctl.text.conversations import Conversation, conversations
+from llmctl.text.conversations import Conversation, conversations, with_system
 from llmctl.text.tokenizer import Tokenizer
 from llmctl.training import checkpoint, loop, objectives, optim, planning, session
 from llmctl.training.planning import Plan
@@ -120,13 +119,11 @@ def finetune(job: Job) -> Artifact:
 
 def _conversations(job: Job, section: FinetuneSection) -> tuple[list[Conversation], list[Conversation]]:
     """Training and held-out conversations; the hash that splits prep's documents splits these."""
-    every = list(
-        itertools.chain.from_iterable(
-            conversations(source, job.recipe.root, on_error=section.on_error) for source in section.sources
-        )
-    )
-    if section.system:
-        every = [_with_system(conversation, section.system) for conversation in every]
+    every = [
+        with_system(conversation, section.system)
+        for source in section.sources
+        for conversation in conversations(source, job.recipe.root, on_error=section.on_error)
+    ]
     held_out = [found for found in every if sources.is_held_out(found, section.val_percent)]
     train = [found for found in every if not sources.is_held_out(found, section.val_percent)]
     if len(every) < 2 or not train:
@@ -155,12 +152,6 @@ def _ends_of_turn(tokenizer: Tokenizer, template: ChatTemplate, start: Artifact)
             hint="put a chat_template.jinja of the model's own into its folder",
         )
     return (tokenizer.special("<|im_end|>"),)
-
-
-def _with_system(conversation: Conversation, system: str) -> Conversation:
-    if conversation.messages[0]["role"] == "system":
-        return conversation
-    return dataclasses.replace(conversation, messages=({"role": "system", "content": system}, *conversation.messages))
 
 
 def _examples(

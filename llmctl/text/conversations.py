@@ -49,6 +49,17 @@ class Conversation:
         return self.key or json.dumps(self.messages, ensure_ascii=False, sort_keys=True)
 
 
+def with_system(conversation: Conversation, system: str) -> Conversation:
+    """The conversation under a system message, where one is asked for and it has none of its own.
+
+    It stays on its side of the split: only what the source says is hashed.
+    """
+    if not system or conversation.messages[0]["role"] == "system":
+        return conversation
+    messages = ({"role": "system", "content": system}, *conversation.messages)
+    return Conversation(messages, conversation.origin, conversation.split_key)
+
+
 def conversations(
     spec: str, root: Path, *, on_error: OnError = "stop", tally: Tally | None = None
 ) -> Iterator[Conversation]:

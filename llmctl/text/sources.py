@@ -170,12 +170,14 @@ def _nearest(path: Path, root: Path) -> str:
 
 
 def shown_as(path: Path, spec: str, root: Path) -> str:
-    """A file's path as people see it: absolute where the spec is, else relative to the recipe."""
+    """A file's path as people see it: absolute where the spec is, else relative to the recipe.
+
+    The bytes of a name that is no UTF-8 become escapes: such a name can't be printed, nor written into a manifest.
+    """
     if spec.startswith(builtin.PREFIX):
         return builtin.shown(spec, path)
-    if Path(spec).expanduser().is_absolute():
-        return str(path)
-    return Path(os.path.relpath(path, root)).as_posix()
+    shown = path if Path(spec).expanduser().is_absolute() else os.path.relpath(path, root)
+    return os.fsencode(shown).decode("utf-8", "backslashreplace")
 
 
 def scan(spec: str, root: Path, known: Mapping[str, SourceFile] | None = None) -> list[SourceFile]:

@@ -68,7 +68,7 @@ def choose(job: Job, section: TrainingSection, loss: Loss, flops: float, micro_b
     torch.set_num_threads(choices.threads)
     if job.device.kind == "cpu":  # or compiled code adds up the embedding's gradient in the order its threads arrive
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # its module's property
     job.resolved |= {key: value for key, value in dataclasses.asdict(choices).items() if key != "isa"}
     return choices, ready
 

@@ -74,6 +74,51 @@ def test_answers_stand_beside_their_questions(finished: Project) -> None:
         assert len(row["prompt"]) < 120  # the long ones leave no room for an answer
 
 
+WATCHED = """
+import json, llmctl.inference.answers as answers
+ask = answers.ask
+def watched(runner, tokenizer, template, conversations, max_new_tokens):
+    with open("asked.jsonl", "a") as stream:
+        stream.writelines(json.dumps(found.messages) + "\\n" for found in conversations)
+    return ask(runner, tokenizer, template, conversations, max_new_tokens)
+answers.ask = watched
+"""
+
+
+def test_what_finetuning_learned_from_is_never_asked(finished: Project) -> None:
+    """A system message must not move a conversation to the other side of the split, and evaluation asks under it."""
+    from llmctl.text.conversations import conversations
+    from llmctl.text.sources import is_held_out
+
+    finished.edit("max_steps = 6", 'max_steps = 6\nsystem = "Be brief."\nval_percent = 30')
+    finished.edit("max_examples = 4", "max_examples = 40")
+    assert finished.llmctl("finetune", "t.toml").code == 0
+    assert finished.llmctl("eval", "t.toml", before=WATCHED).code == 0
+    asked = [json.loads(line) for line in (finished.path / "asked.jsonl").read_text().splitlines()]
+    assert {messages[0]["content"] for messages in asked} == {"Be brief."}
+    every = list(conversations("chats.jsonl", finished.path))
+    held_out = {found.messages[0]["content"] for found in every if is_held_out(found, 30)}
+    assert {messages[1]["content"] for messages in asked} == held_out
+    assert finished.manifest("finetune")["metrics"]["conversations"] == len(every) - len(held_out)
+
+
+def test_chats_that_no_training_saw_are_all_asked(finished: Project) -> None:
+    rows = [{"prompt": f"And {index}?", "completion": f"Also {index}."} for index in range(7)]
+    (finished.path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finished.edit("[eval]\nmax_examples = 4", '[eval]\nmax_examples = 40\nconversations = "test.jsonl"')
+    assert finished.llmctl("eval", "t.toml", before=WATCHED).code == 0
+    asked = {json.loads(line)[0]["content"] for line in (finished.path / "asked.jsonl").read_text().splitlines()}
+    assert asked == {row["prompt"] for row in rows}
+
+
+def test_a_base_model_is_measured_without_the_chats(finished: Project) -> None:
+    """It has no turns: chats that are not here must not stand in its way, nor make its figures stale."""
+    assert finished.llmctl("eval", "runs/t/pretrain").code == 0
+    (finished.path / "chats.jsonl").unlink()
+    done = finished.llmctl("eval", "runs/t/pretrain", "--rebuild")
+    assert done.code == 0, done.err
+
+
 def test_answers_that_were_never_asked_for_are_no_metric(finished: Project) -> None:
     """None of none is not 0 %."""
     finished.edit("max_new_tokens = 8", "max_new_tokens = 64")
