@@ -525,7 +525,7 @@ def main() -> None:
     """The console script."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # say it, or tokenizers warns after a fork
     # OpenMP's threads spin while they wait. Beside another busy process that made a small model's step 15 to 30 times
-    # slower on two cores; sleeping instead costs nothing that could be measured on a quiet machine.
+    # slower on two cores. Sleeping instead costs a tiny model up to half its speed on a machine that is quiet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         sys.exit(app(standalone_mode=False))
