@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as llmctl itself does (cl
 from tests import project
 from tests.project import Project
 from tests.warm import Warm
+
+
+def pytest_configure() -> None:
+    """A shell starts background jobs with Ctrl-C ignored, which is inherited: the tests that press it need it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
