@@ -109,7 +109,9 @@ class Warm:
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        assert answer, f"the warm llmctl has ended: {self.process.poll()}"
+        return json.loads(answer)
 
     def start(self, *args: object, cwd: Path, before: str = "", env: dict[str, str] | None = None) -> Call:
         self.calls += 1
