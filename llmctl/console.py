@@ -137,7 +137,9 @@ def stage(name: str, text: str, right: str = "") -> None:
     """The row of a stage: its name, what it works on, and at the right edge how long it took."""
     line = f" {name:<{NAME_WIDTH}} {text}"
     width = min(100, _rich().width) if _rich().is_terminal else 100
-    _write(f"{line}{right:>{max(2, width - _cells(line))}}" if right else line, "bold" if not right else "")
+    _write(
+        f"{line}{right:>{max(_cells(right) + 2, width - _cells(line))}}" if right else line, "bold" if not right else ""
+    )
 
 
 def detail(text: str, right: str = "") -> None:
@@ -262,8 +264,8 @@ def _annotate(kind: str, message: str, file: str | None, line: int | None) -> No
 class Progress:
     """A live line while work goes on; `with progress("prep", total=10, unit="docs") as p: p.update(3, text="...")`."""
 
-    def __init__(self, name: str, total: float | None, unit: str) -> None:
-        self.name, self.total, self.unit = name, total, unit
+    def __init__(self, name: str, total: float | None, unit: str, opening: str) -> None:
+        self.name, self.total, self.unit, self.opening = name, total, unit, opening
         self._start = self._last = time.monotonic()
         self._first: float | None = None
         self._bar: Any = None
@@ -279,8 +281,10 @@ class Progress:
                 TextColumn("{task.fields[text]}"),
             )
             self._bar = Bar(*columns, console=_rich(), transient=True, refresh_per_second=4)
-            self._task = self._bar.add_task("", total=self.total, text="")
+            self._task = self._bar.add_task("", total=self.total, text=self.opening)
             self._bar.start()
+        elif self.opening:
+            stage(self.name, self.opening)
         return self
 
     def __exit__(
@@ -305,9 +309,9 @@ class Progress:
             stage(self.name, share + shown)
 
 
-def progress(name: str, *, total: float | None = None, unit: str = "") -> Progress:
-    """A progress line for `total` units (None: nobody knows)."""
-    return Progress(name, total, unit)
+def progress(name: str, *, total: float | None = None, unit: str = "", opening: str = "") -> Progress:
+    """A progress line for `total` units (None: nobody knows); `opening` is said at once, before the first of them."""
+    return Progress(name, total, unit, opening)
 
 
 def size(bytes_: float) -> str:

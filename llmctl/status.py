@@ -10,6 +10,8 @@ from llmctl import chain, console, device
 from llmctl.artifact import Artifact
 from llmctl.chain import Options, State, Step
 from llmctl.errors import DataError, UsageError
+from llmctl.recipe import ENCODERS
+from llmctl.reporting.story import source_name
 from llmctl.target import Target, origin_recipe
 
 
@@ -34,7 +36,8 @@ def run(target: Target, options: Options) -> dict[str, Any]:
     if any(fresh for _, _, fresh in done):
         console.say(f"\n{place} is complete in {console.duration(time.monotonic() - start)}.   Next:")
         talk = [[f"llmctl chat {place}"], [f"llmctl serve {place}", "a page at http://127.0.0.1:8000"]]
-        has_model = any(target.run.artifact(name) for name in chain.MODEL_PLACES)
+        writes = made.model is None or made.model.source or made.model.family not in ENCODERS
+        has_model = writes and any(target.run.artifact(name) for name in chain.MODEL_PLACES)
         console.columns([*(talk if has_model else []), [f"llmctl report {place}"]], indent=3)
     else:
         kept = " · ".join(f"{step.place} {artifact.short}" for step, artifact, _ in done)
@@ -81,7 +84,9 @@ def _row(step: Step, state: State) -> list[str]:
     origin = ", ".join(
         f"{entry['path'] if entry['role'] != 'data' else 'prep'} {entry['identity'][:8]}" for entry in made.inputs[:1]
     )
-    origin = origin or ", ".join(made.manifest["sources"])
+    origin = origin or ", ".join(
+        name if name.startswith("builtin:") else source_name(name) for name in made.manifest["sources"]
+    )
     result = "; ".join(state.reasons) if state.reasons else headline(made)
     return [step.place, state.word, made.short, age, origin if len(origin) < 40 else origin[:37] + "...", result]
 
@@ -96,7 +101,9 @@ def headline(made: Artifact) -> str:
     for key, text in (("answer_bits_per_byte", "bits/byte of answers"), ("val_bits_per_byte", "bits/byte")):
         if isinstance(metrics.get(key), (int, float)):
             return f"{metrics[key]:.3f} {text}"
-    return ""
+    if isinstance(metrics.get("val_accuracy"), (int, float)):
+        return f"{100 * metrics['val_accuracy']:.1f} % of hidden tokens right"
+    return f"{console.count(metrics['parameters'])} parameters" if made.stage == "import" else ""
 
 
 def verify(target: Target) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmctl import chain, console, recipe
 from llmctl.artifact import MANIFEST, Artifact, Run
 from llmctl.errors import DataError, RecipeError, UsageError
+from llmctl.model import origin
 from llmctl.recipe import Recipe
 
 RUNS = Path("runs")
@@ -64,6 +66,8 @@ def resolve(
     Raises:
         UsageError: nothing there, listing the candidates; or a folder that `dry_run` may not import.
     """
+    if name is not None and name.lower().endswith(".gguf") and Path(name).is_file():
+        return _bare(Path(name), run_dir, overrides, dry_run)
     if name is not None and (name.endswith(".toml") or Path(name).is_file()):
         made = recipe.load(Path(name), overrides)
         run = Run(run_dir if run_dir is not None else RUNS / made.name)
@@ -76,7 +80,7 @@ def resolve(
         if not artifact.in_its_run():  # copied out of its run: a model like any other
             if artifact.kind == "model":
                 return _bare(path, run_dir, overrides, dry_run)
-            bare = Recipe(name=recipe.default_name(path.resolve()), file=path / RESOLVED, root=path.absolute())
+            bare = Recipe(name=recipe.default_name(path.resolve().name), file=path / RESOLVED, root=path.absolute())
             return Target(bare, Run(path), f"{path}: {artifact.place} {artifact.short}, apart from its run", artifact)
         run = Run(path.parents[depth - 1] if len(path.parts) > depth else artifact.run_path())
         return Target(_recipe_of(run, overrides), run, f"{path}: {artifact.place} {artifact.short}{why}", artifact)
@@ -97,7 +101,8 @@ def _folder(name: str | None, run_dir: Path | None) -> tuple[Path, str]:
         if path.is_dir() and name != "":
             return path, why
     missing = f"{name}: no such recipe, run or artifact" if name is not None else f"no target, and {path} is not there"
-    raise UsageError(missing, hint=_candidates())
+    of_a_hub = name is not None and name.startswith(origin.HUB)
+    raise UsageError(missing, hint=f"llmctl import {name} brings it in" if of_a_hub else _candidates())
 
 
 def _path_of(name: str | None, run_dir: Path | None) -> tuple[Path, str]:
@@ -130,7 +135,7 @@ def _recipe_of(run: Run, overrides: tuple[str, ...]) -> Recipe:
     """
     kept = run.path / RESOLVED
     if not kept.exists():
-        return recipe.of({"name": recipe.default_name(run.path.resolve())}, overrides, kept.absolute())
+        return recipe.of({"name": recipe.default_name(run.path.resolve().name)}, overrides, kept.absolute())
     made = recipe.load(kept, overrides)
     if not overrides and (origin := origin_recipe(made)) is not None and _differs(origin, made):
         console.note(f"{origin.file} has changed since; {run.path} goes on as it was made (name the recipe to use it)")
@@ -155,18 +160,92 @@ def origin_recipe(made: Recipe) -> Recipe | None:
     return None
 
 
+def bring_in(
+    source: str,
+    name: str = "",
+    *,
+    run_dir: Path | None = None,
+    overrides: tuple[str, ...] = (),
+    convert_pickle: bool = False,
+) -> Target:
+    """The run that takes a model in from elsewhere: its recipe says `[model] from`, and what was said of it before.
+
+    Args:
+        source: a folder, a GGUF file, a run or an artifact; or `hf:org/name@revision`, whose commit is looked up now.
+        name: the run's; empty for one that follows from the source's.
+
+    Raises:
+        UsageError: a name that is no run's; a run that a recipe made.
+        DataError: nothing there.
+    """
+    found = origin.find(source, Path())
+    if found.kind == "hub":
+        from llmctl.importing import hub
+
+        spec = f"{origin.HUB}{found.repository}@{hub.commit(found.repository, found.revision)}"
+    else:
+        spec = str(Path(source).expanduser().resolve())
+    name = name or _name_of(found, Path(os.path.abspath(Path(source).expanduser())))  # noqa: PTH100 (follows no link)
+    if not re.fullmatch(recipe.NAME, name) or name == "current":
+        hint = "letters, digits, dots, hyphens and underscores, a letter or digit first, at most 64; not current"
+        raise UsageError(f"{name!r} is no run's name", hint=hint)
+    run = Run(run_dir if run_dir is not None else RUNS / name)
+    if run_dir is None and run.path.is_symlink():
+        raise UsageError(f"{run.path} is a link to {run.path.readlink()}", hint="name the run itself, or another one")
+    if found.kind == "folder" and found.path.resolve().is_relative_to(run.path.resolve()):
+        raise UsageError(f"{source} lies in {run.path}, where it would be brought in", hint="--as OTHER-NAME")
+    run.mend()
+    made = _kept(run, source, overrides) or recipe.of({"name": name}, overrides, run.path / RESOLVED)
+    model = made.section("model").model_copy(update={"source": spec, "convert_pickle": convert_pickle})
+    return Target(made.model_copy(update={"model": model}), run, f"{source} as {run.path}")
+
+
+def _name_of(found: origin.Origin, path: Path) -> str:
+    """The name of the run that a source suggests: the repository's, the file's, the folder's; of an artifact the run's
+    and its own; of a snapshot in a hub's cache the repository's.
+    """
+    if found.kind == "hub":
+        return recipe.default_name(found.repository.rpartition("/")[2])
+    if found.kind == "folder" and path.parent.name == "snapshots":
+        return recipe.default_name(path.parents[1].name.rpartition("--")[2])
+    folder = path.parent if path.is_file() else path  # an export's GGUF file lies in its artifact
+    if (folder / MANIFEST).exists() and (artifact := Artifact.open(folder)).in_its_run():
+        parts = [artifact.run_path().name, *Path(artifact.place).parts]
+        return recipe.default_name("-".join(parts))
+    return recipe.default_name(path if path.is_file() else path.name)
+
+
+def _kept(run: Run, source: str, overrides: tuple[str, ...]) -> Recipe | None:
+    """The recipe of a run that an import began, with what was added to it since; None for a run that is not there yet.
+
+    Raises:
+        UsageError: the run belongs to a recipe of its own.
+    """
+    kept = run.path / RESOLVED
+    if not kept.exists():
+        if found := next((place for place in ("prep", "pretrain", "finetune") if (run.path / place).exists()), None):
+            raise UsageError(f"{run.path} holds {found} already", hint="--as OTHER-NAME")
+        return None
+    made = recipe.load(kept, overrides)
+    if made.origin is not None and made.origin.recipe and Path(made.origin.recipe) != kept.absolute():
+        raise UsageError(
+            f"{run.path} belongs to the recipe {made.origin.recipe}",
+            hint=f'--as OTHER-NAME, or [model] from = "{source}" in that recipe',
+        )
+    return made
+
+
 def _bare(path: Path, run_dir: Path | None, overrides: tuple[str, ...], dry_run: bool) -> Target:
-    """A bare Hugging Face folder: a run of its own, whose import stage brings it in first."""
+    """A bare Hugging Face folder or GGUF file: a run of its own, whose import stage brings it in first."""
     if dry_run:
         raise UsageError(
             f"{path} would be imported into a run first, and --dry-run does nothing",
             hint="leave --dry-run out, or name a run",
         )
-    name = recipe.default_name(path.resolve())
-    run = Run(run_dir if run_dir is not None else RUNS / name)
-    made = recipe.of({"name": name, "model": {"from": str(path.resolve())}}, overrides, run.path / RESOLVED)
-    chain.make(made, run, [step for step in chain.steps(made, run) if step.place == "import"], chain.Options())
-    imported = run.artifact("import")
+    found = bring_in(str(path), run_dir=run_dir, overrides=overrides)
+    chain.make(found.recipe, found.run, chain.import_steps(found.recipe, found.run), chain.Options())
+    imported = found.run.artifact("import")
     if imported is None:
         raise DataError("the import left nothing", file=path)
-    return Target(made, run, f"{path}, imported as {run.path}: {imported.short}", imported)
+    said = f"{path}, imported as {found.run.path}: {imported.short}"
+    return replace(found, said=said, artifact=imported)

@@ -26,13 +26,21 @@ LLAMA = Config(
 )
 SHAPES = {
     "llama": LLAMA,
-    "llama untied, biased": replace(LLAMA, tie_word_embeddings=False, attention_bias=True, rope_theta=500_000.0),
+    "llama untied, biased": replace(
+        LLAMA, tie_word_embeddings=False, attention_bias=True, attention_output_bias=True, rope_theta=500_000.0
+    ),
     "llama grouped, llama3 rope": replace(
-        LLAMA, num_key_value_heads=2, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64), rms_norm_eps=1e-5
+        LLAMA, num_key_value_heads=2, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64), norm_eps=1e-5
     ),
     "llama linear rope": replace(LLAMA, rope_scaling=RopeScaling("linear", 2.0)),
-    "qwen3": replace(LLAMA, family="qwen3"),
+    "qwen3": replace(LLAMA, family="qwen3", qk_norm=True),
     "qwen3 grouped, wide heads, untied": replace(
-        LLAMA, family="qwen3", num_key_value_heads=1, head_dim=16, tie_word_embeddings=False, eos_token_id=(6, 2)
+        LLAMA,
+        family="qwen3",
+        qk_norm=True,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=False,
+        eos_token_id=(6, 2),
     ),
 }

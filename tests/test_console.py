@@ -141,6 +141,16 @@ def test_progress_in_a_pipe_is_a_line_now_and_then(
     assert lines[0].split() == ["prep", "30", "%", "·", "30", "docs", "·", "ETA", "1", "min", "10", "s"]
 
 
+def test_what_takes_long_before_the_first_step_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    console.configure()
+    with console.progress("pretrain", total=100, opening="compiling") as live:
+        assert capsys.readouterr().out.split() == ["pretrain", "compiling"]
+        live.update(1)
+    with console.progress("pretrain", total=100):
+        pass
+    assert capsys.readouterr().out == ""
+
+
 def test_progress_of_a_resumed_run_counts_its_own_speed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -155,6 +155,22 @@ def test_the_tutorials_recipe_is_whole(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- what the code says
 
 
+@pytest.mark.parametrize("page", NAMES)
+def test_code_that_a_page_quotes_is_the_code(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for file, quoted in re.findall(r"<!-- source: (\S+) -->\n```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        assert quoted in (ROOT / file).read_text(encoding="utf-8"), f"{page} quotes {file} as it was"
+
+
+def test_every_family_is_told() -> None:
+    from llmctl.model.families import FAMILIES
+
+    told = re.findall(
+        r"^\| `([\w-]+)` \| ([\w-]+) \| ([\w-]+) \|", (ROOT / "docs" / "models.md").read_text(), re.MULTILINE
+    )
+    assert sorted(told) == sorted((name, family.model_type, family.kind) for name, family in FAMILIES.items())
+
+
 def test_generated_pages_are_current() -> None:
     done = subprocess.run([sys.executable, ROOT / "docs" / "reference.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -77,7 +77,17 @@ MISTAKES = {
     "kind in a list": ("[prep]\nsources = [\n 'a',\n 3]", 2, "[prep] sources: ", "llmctl init --keys prep"),
     "kind of a union": ("[pretrain]\nmicro_batch_size = 'many'", 2, "[pretrain] micro_batch_size: ", "--keys pretrain"),
     "range": ("[prep]\nsources='x'\nval_percent = 50", 3, "less than 50", "--keys prep"),
-    "choice": ("[prep]\nsources='x'\n[model]\nfamily='gpt5'", 4, "'qwen3' or 'llama'", "--keys model"),
+    "choice": ("[prep]\nsources='x'\n[model]\nfamily='gpt5'", 4, "'t5' or 'lstm'", "--keys model"),
+    "key of other families": (
+        "[prep]\nsources='x'\n[model]\nfamily='bert'\n\nrope_theta=1e6", 6, "bert has no such thing; qwen3", "--keys"
+    ),
+    "heads of an LSTM": ("[model]\nfamily='lstm'\nnum_attention_heads=2", 3, "[model] num_attention_heads: lstm", ""),
+    "chats for an encoder": (
+        "[model]\nfamily='bert'\n[finetune]\nsources='x'", None, "bert is an encoder: leave the section out", ""
+    ),
+    "graph of an encoder": (
+        "[model]\nfamily='t5'\n[export]", None, 'formats: "onnx" is of decoders; t5 is an encoder-decoder', ""
+    ),
     "infinite": ("[pretrain]\nlearning_rate = inf", 2, "finite", "--keys pretrain"),
     "missing": ("[prep]\nval_percent = 5", 1, "[prep] has no `sources`", "llmctl init --keys prep"),
     "empty": ("[prep]\nsources = []", 2, "names no source", "--keys prep"),
@@ -172,6 +182,14 @@ def test_a_base_in_another_folder_keeps_its_own_paths(tmp_path: Path) -> None:
     assert made.prep.sources == ("../shared/notes.txt", "builtin:python-stdlib")  # relative: a checkout may move
     assert made.eval.text == ("mine.txt",)
     assert made.root == tmp_path / "here"
+
+
+def test_a_repository_means_the_same_from_any_folder(tmp_path: Path) -> None:
+    source = f"hf:org/name@{'0' * 40}"
+    written(tmp_path, f"[model]\nfrom = '{source}'\n", "shared/base.toml")
+    path = written(tmp_path, "base = '../shared/base.toml'\n", "here/r.toml")
+    for made in (recipe.load(path), recipe.load(path, [f"model.from={source}"])):
+        assert made.section("model").source == source
 
 
 def test_errors_of_a_base_name_the_base(tmp_path: Path) -> None:
@@ -307,10 +325,11 @@ def test_every_file_name_suggests_a_valid_run_name(tmp_path: Path, stem: str, na
 def test_operational_keys_are_never_declared() -> None:
     """What decides how a call runs and not what it makes must not make an artifact stale."""
     operational = {
+        "model": {"convert_pickle"},
         "pretrain": {"micro_batch_size", "compile", "eval_every", "save_every", "log_every", "prompts", "sample_every"},
         "finetune": {"micro_batch_size", "compile", "eval_every", "save_every", "log_every"},
         "eval": {"require"},
-        "serve": {"host", "port", "api_key", "served_model_name", "max_model_len", "runtime"},
+        "serve": {"host", "port", "api_key", "served_model_name", "max_model_len", "runtime", "dtype"},
     }
     made = Recipe.model_validate({"name": "x", "prep": {"sources": ["a"]}, "finetune": {"sources": ["b"]}})
     for name in recipe.SECTIONS:
@@ -319,12 +338,19 @@ def test_operational_keys_are_never_declared() -> None:
         assert keys - set(section.declared()) == operational.get(name, set()), name
 
 
+def test_what_is_a_default_is_no_key_of_another_family(tmp_path: Path) -> None:
+    """A resolved recipe spells every default out, those of other families too."""
+    made = recipe.load(written(tmp_path, "[model]\nfamily = 'bert'\n"))
+    kept = recipe.load(written(tmp_path, recipe.resolved(made, []), "kept.toml"))
+    assert same(made, kept)
+
+
 def test_declared_is_plain_json_with_defaults_filled_in() -> None:
     made = Recipe.model_validate({"name": "x", "prep": {"sources": "a"}})
     declared = made.section("prep").declared()
     assert json.loads(json.dumps(declared)) == declared
     assert declared["sources"] == ["a"]
-    assert declared["tokenizer"] == {"type": "bpe", "vocab_size": 4096, "from": ""}
+    assert declared["tokenizer"] == {"type": "bpe", "vocab_size": 4096, "from": "", "extend": 0}
 
 
 # ------------------------------------------------------------------------------------------------------- JSON Schema

@@ -24,7 +24,7 @@ MODULES = (
     "llmctl.pretrain.stage",
     "llmctl.finetune.stage",
     "llmctl.eval.stage",
-    "llmctl.model.importing",
+    "llmctl.importing.stage",
     "llmctl.serve.chat",
     "torch._dynamo",  # what optimisers import when they are first used
     "torch.distributed.fsdp",

@@ -14,6 +14,7 @@ from llmctl.errors import DataError, GateError
 
 LABELS = {
     "val_loss": "loss (nats a token)",
+    "val_accuracy": "hidden tokens said right",
     "val_perplexity": "perplexity",
     "val_bits_per_byte": "bits/byte",
     "answer_bits_per_byte": "bits/byte of answers",

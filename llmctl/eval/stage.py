@@ -12,16 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from llmctl import console
-from llmctl.artifact import Artifact, Job, hash_file
+from llmctl.artifact import Artifact, Job, digest, hash_file
 from llmctl.errors import DataError
 from llmctl.eval import compare
 from llmctl.inference import answers, generate, runners, scoring
 from llmctl.inference.runners import Runner, TorchRunner
 from llmctl.inference.sampling import Sampling
 from llmctl.model import hf
-from llmctl.model.transformer import Decoder
+from llmctl.model.transformer import Encoder, EncoderDecoder
 from llmctl.recipe import EvalSection
 from llmctl.text import sources, tasks
 from llmctl.text.chat import ChatTemplate
@@ -29,19 +30,23 @@ from llmctl.text.conversations import Conversation, conversations, with_system
 from llmctl.text.shards import Shards
 from llmctl.text.tasks import Question
 from llmctl.text.tokenizer import Tokenizer
+from llmctl.training import objectives, validation
 
 UNTRAINED_ANSWERS = (
     8  # enough to show what no training looks like: it never ends by itself, so each is as long as may be
 )
 
 
+BUILTIN, BEGINNING = "builtin:python-stdlib", 32_768  # what is read where no text is named, and how many characters
+
+
 @dataclass
 class Column:
-    """One model's scores."""
+    """One model's scores. An encoder or encoder-decoder has no runner: it continues nothing."""
 
     name: str
     weights: str  # SHA-256 of the weights that were scored
-    runner: Runner
+    model: Runner | Encoder | EncoderDecoder
     metrics: dict[str, float] = field(default_factory=dict)
     windows: list[float] = field(default_factory=list)  # nats of each piece of the validation text
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -66,10 +71,13 @@ def evaluate(job: Job) -> Artifact:
     console.stage("eval", f"{subject.place} {subject.short} · weights {_weights(subject)[:8]}")
     columns = _columns(job, subject)
     for column in columns:
-        _score_text(column, material)
-        _score_chats(column, material, tokenizer, template, section)
+        if isinstance(column.model, Encoder | EncoderDecoder):
+            _score_filling(column, column.model, material, tokenizer)
+            continue
+        _score_text(column, column.model, material)
+        _score_chats(column, column.model, material, tokenizer, template, section)
         for name, questions in material.questions.items():
-            _score_questions(column, name, questions, tokenizer, section)
+            _score_questions(column, column.model, name, questions, tokenizer, section)
     _warn_of_twins(columns)
     last = columns[-1]
     console.table("", *compare.table([(column.name, column.metrics) for column in columns]))
@@ -92,8 +100,21 @@ def evaluate(job: Job) -> Artifact:
 def _columns(job: Job, subject: Artifact) -> list[Column]:
     """The untrained model of the same shape, the model before, and the subject."""
     found = []
+    config = hf.read_config(subject.path)
+    if config.kind in ("encoder", "encoder-decoder"):
+        if config.task not in ("masked-lm", "seq2seq-lm"):
+            raise DataError(
+                f"an encoder for {config.task} is not evaluated yet",
+                file=subject.path,
+                hint="a masked language model is",
+            )
+        torch.set_num_threads(job.device.threads)
+        model = hf.load(subject.path, device=job.device.torch)
+        assert isinstance(model, Encoder | EncoderDecoder)
+        return [Column(subject.place, _weights(subject), model)]
     if subject.kind == "model":
-        untrained = Decoder.random(hf.read_config(subject.path), job.recipe.seed).to(job.device.torch)
+        untrained = hf.random(config, job.recipe.seed).to(job.device.torch)
+        assert isinstance(untrained, hf.Causal)
         found.append(Column("untrained", "", TorchRunner.of(untrained)))
     for artifact in (job.inputs.get("before"), subject):
         if artifact is not None:
@@ -106,18 +127,30 @@ def _weights(artifact: Artifact) -> str:
     for name in ("model.safetensors", "model.onnx.data", "model.onnx"):
         if name in artifact.manifest["files"]:
             return str(artifact.manifest["files"][name]["sha256"])
-    return hash_file(artifact.path / "artifact.json")
+    shards = {
+        name: entry["sha256"] for name, entry in artifact.manifest["files"].items() if name.endswith(".safetensors")
+    }
+    return digest(shards) if shards else hash_file(artifact.path / "artifact.json")
+
+
+def _texts(job: Job, specs: Sequence[str]) -> Iterator[str]:
+    """The texts to score; a model from elsewhere, of which nothing was said, reads the beginning of a built-in one."""
+    left = BEGINNING
+    for spec in specs or (BUILTIN,):
+        for found in sources.documents(spec, job.recipe.root, text_key="", on_error="stop", tally=sources.Tally()):
+            if specs:
+                yield found.text
+            elif left > 0:
+                yield found.text[:left]
+                left -= len(found.text)
 
 
 def _material(job: Job, section: EvalSection, tokenizer: Tokenizer, template: ChatTemplate | None) -> Material:
     data, root = job.inputs.get("data"), job.recipe.root
-    if section.text:
-        tally = sources.Tally()
-        texts = [
-            found.text
-            for spec in section.text
-            for found in sources.documents(spec, root, text_key="", on_error="stop", tally=tally)
-        ]
+    if section.text or (data is None and not section.tasks and not section.conversations and not job.recipe.finetune):
+        if not section.text:
+            console.note(f"scored on the beginning of {BUILTIN}; [eval] text names another text")
+        texts = list(_texts(job, section.text))
         ids = np.asarray([index for text in texts for index in tokenizer.prompt(text)], dtype=np.int64)
         size = sum(len(text.encode()) for text in texts)
     elif data is not None:
@@ -153,11 +186,25 @@ def _chats(job: Job, section: EvalSection) -> Iterator[Conversation]:
                 yield with_system(found, learned.system if learned else "")
 
 
-def _score_text(column: Column, material: Material) -> None:
+def _score_filling(column: Column, model: Encoder | EncoderDecoder, material: Material, tokenizer: Tokenizer) -> None:
+    """How well the hidden tokens of the text are filled in: the same ones for every model with this vocabulary."""
+    if material.questions or material.chats:
+        what, key = ("questions", "tasks") if material.questions else ("conversations", "conversations")
+        raise DataError(
+            f"{what} are for a model that answers, and this is an {model.config.kind}",
+            hint=f"leave [eval] {key} out",
+        )
+    objective = objectives.of(model.config, tokenizer)
+    found = validation.validate(model, objective, material.ids, max_seq_length=model.config.longest)
+    column.metrics |= found.metrics
+    column.windows = found.window_nats.tolist()
+
+
+def _score_text(column: Column, runner: Runner, material: Material) -> None:
     if not len(material.ids) or not column.weights:  # an untrained model knows no more of a text than its vocabulary
         return
-    model = column.runner.model if isinstance(column.runner, TorchRunner) else column.runner
-    score = scoring.score(model, material.ids, max_seq_length=column.runner.max_length, bytes_=material.bytes)
+    model = runner.model if isinstance(runner, TorchRunner) and isinstance(runner.model, hf.Causal) else runner
+    score = scoring.score(model, material.ids, max_seq_length=runner.max_length, bytes_=material.bytes)
     column.metrics |= {
         "val_loss": score.loss,
         "val_perplexity": score.perplexity,
@@ -167,13 +214,18 @@ def _score_text(column: Column, material: Material) -> None:
 
 
 def _score_chats(
-    column: Column, material: Material, tokenizer: Tokenizer, template: ChatTemplate | None, section: EvalSection
+    column: Column,
+    runner: Runner,
+    material: Material,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    section: EvalSection,
 ) -> None:
     if template is None or not material.chats:
         return
-    score = answers.score(column.runner, tokenizer, template, material.chats)
+    score = answers.score(runner, tokenizer, template, material.chats)
     asked = material.chats if column.weights else material.chats[:UNTRAINED_ANSWERS]
-    said = answers.ask(column.runner, tokenizer, template, asked, section.max_new_tokens)
+    said = answers.ask(runner, tokenizer, template, asked, section.max_new_tokens)
     column.metrics |= {"answer_bits_per_byte": score.bits_per_byte} if score.tokens else {}
     column.metrics |= {"answers_ended": answers.ended(said)} if said else {}
     for conversation, completion in said:
@@ -189,7 +241,12 @@ def _score_chats(
 
 
 def _score_questions(
-    column: Column, name: str, questions: Sequence[Question], tokenizer: Tokenizer, section: EvalSection
+    column: Column,
+    runner: Runner,
+    name: str,
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    section: EvalSection,
 ) -> None:
     """Accuracy: of choices by their likelihood a byte, of exact answers by greedy decoding up to a newline."""
     shown, asked = questions[: section.num_fewshot], questions[section.num_fewshot :][: section.max_examples]
@@ -199,7 +256,7 @@ def _score_questions(
             f"{name} has {len(questions)} questions, and all are shown as examples",
             hint=f"set [eval] num_fewshot below {len(questions)}",
         )
-    correct = [_is_right(column.runner, question, examples, tokenizer, section) for question in asked]
+    correct = [_is_right(runner, question, examples, tokenizer, section) for question in asked]
     accuracy = sum(correct) / len(correct)
     column.metrics[f"{name}_accuracy"] = accuracy
     column.metrics[f"{name}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / len(correct))

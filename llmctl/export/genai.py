@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmctl.export.graph import GRAPH
+from llmctl.export.builder import GRAPH
 from llmctl.model.config import Config
 
 
@@ -22,7 +22,7 @@ def config(c: Config, generation: dict[str, Any]) -> dict[str, Any]:
     pad = generation.get("pad_token_id", c.pad_token_id)
     return {
         "model": {
-            "type": c.family,
+            "type": "decoder",  # any family with a cache like this; "gpt2" would want another
             "vocab_size": c.vocab_size,
             "context_length": c.max_position_embeddings,
             **({"bos_token_id": bos} if bos is not None else {}),

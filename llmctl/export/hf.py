@@ -5,7 +5,6 @@ The card's front matter: https://huggingface.co/docs/hub/model-cards.
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
@@ -14,35 +13,40 @@ import torch
 from llmctl import console
 from llmctl.artifact import Artifact
 from llmctl.errors import RunError
-from llmctl.model import hf
+from llmctl.model import hf, origin
+from llmctl.model.config import Task
 from llmctl.text.tokenizer import Tokenizer
 
-# What a server needs beside the weights.
-COMPANIONS = ("config.json", "generation_config.json", *hf.TOKENIZER_FILES)
-LICENCES = "LICEN[SC]E*"
 # The metrics worth a line in the card, by the names that stages give them.
 CARD_METRICS = {
     "val_bits_per_byte": "validation bits per byte",
     "val_loss": "validation loss (nats a token)",
+    "val_accuracy": "hidden tokens of the validation text said right",
     "train_loss": "training loss (nats a token)",
     "tokens": "tokens trained on",
 }
-LINE = re.compile(r"^license: *([\w.-]+) *$", re.MULTILINE)
+# What each task is in transformers: the class, the hub's name of the pipeline, and what such a model does.
+TASKS: dict[Task, tuple[str, str, str]] = {
+    "causal-lm": (
+        "AutoModelForCausalLM",
+        "text-generation",
+        "a base model: it completes text and has no chat template",
+    ),
+    "masked-lm": ("AutoModelForMaskedLM", "fill-mask", "an encoder: it fills in masked tokens"),
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM", "text2text-generation", "an encoder-decoder: a text in, another out"),
+    "sequence-classification": ("AutoModelForSequenceClassification", "text-classification", "a classifier of texts"),
+    "token-classification": ("AutoModelForTokenClassification", "token-classification", "a classifier of tokens"),
+    "question-answering": ("AutoModelForQuestionAnswering", "question-answering", "a finder of answers in a text"),
+    "embedding": ("AutoModel", "feature-extraction", "an encoder: a text in, a vector out"),
+}
 
 
 def copy_companions(model: Path, folder: Path) -> None:
-    """Config, generation config, tokenizer, chat template and licence, as they are."""
-    names = [name for name in COMPANIONS if (model / name).is_file()]
-    for name in [*names, *(path.name for path in model.glob(LICENCES) if path.is_file())]:
-        shutil.copyfile(model / name, folder / name)
-
-
-def licence(model: Path) -> str:
-    """The licence that the front matter of a model card beside the weights names; empty where none does."""
-    card = model / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = LINE.search(text.split("\n---", 1)[0]) if text.startswith("---\n") else None
-    return found[1] if found else ""
+    """All that a server needs beside the weights: configs, tokenizer, chat template and licence, as they are."""
+    for path in origin.files(model):
+        target = folder / path.relative_to(model)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def write(model: Artifact, folder: Path, name: str) -> int:
@@ -78,16 +82,14 @@ def check(model: Path, folder: Path) -> None:
 def card(model: Artifact, name: str) -> str:
     """README.md: what the model is, what it was made from, how good it is, how to run it."""
     config, chat = hf.read_config(model.path), (model.path / "chat_template.jinja").is_file()
-    known = licence(model.path)
+    known = model.licence()
     metrics = [
         f"| {title} | {shown(model.metrics[key])} |" for key, title in CARD_METRICS.items() if key in model.metrics
     ]
-    tags = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- llmctl"]
-    kind = (
-        "a chat model: its template is chat_template.jinja"
-        if chat
-        else "a base model: it completes text and has no chat template"
-    )
+    auto, pipeline, kind = TASKS[config.task]
+    tags = ["library_name: transformers", f"pipeline_tag: {pipeline}", "tags:", "- llmctl"]
+    if chat:
+        kind = "a chat model: its template is chat_template.jinja"
     lines = [
         "---",
         *([f"license: {known}"] if known else []),
@@ -110,14 +112,14 @@ def card(model: Artifact, name: str) -> str:
         "## Run it",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto}, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        f'model = {auto}.from_pretrained("path/to/this/folder")',
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
         "```",
-        "",
-        "or `vllm serve path/to/this/folder`, or `llmctl serve path/to/this/folder`.",
     ]
+    if config.task == "causal-lm":
+        lines += ["", "or `vllm serve path/to/this/folder`, or `llmctl serve path/to/this/folder`."]
     return "\n".join(lines) + "\n"
 
 

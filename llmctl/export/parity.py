@@ -12,15 +12,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
 import torch
 
 from llmctl.errors import GateError
-from llmctl.inference.onnx_runner import OnnxRunner
-from llmctl.model.transformer import Decoder
+from llmctl.model.hf import Causal
 
 # By the dtype of the exported weights: the largest difference of two logits, as a share of the largest logit (at least
 # 1), and the largest change of the perplexity, as a share of it. fp32 kernels that merely sum in another order stay one
@@ -47,8 +46,31 @@ TEXT_FLOPS = 5e11  # what the text may cost, 2 a parameter and token, for each o
 LOGITS = 1 << 24  # logits held at once
 
 
+class Reader(Protocol):
+    """Anything that gives the logits of whole texts."""
+
+    vocab_size: int
+    max_length: int
+
+    def forward(self, ids: np.ndarray, cache: Any = None, last_only: bool = True) -> np.ndarray: ...
+
+
+class Candidate(Protocol):
+    """An exported graph under its runner, `OnnxRunner` or `RecurrentRunner`."""
+
+    session: ort.InferenceSession
+    vocab_size: int
+    max_length: int
+
+    def new_cache(self, batch: int = 1, max_length: int | None = None) -> Any: ...
+
+    def forward(
+        self, ids: np.ndarray, cache: Any = None, last_only: bool = True, new: np.ndarray | None = None
+    ) -> np.ndarray: ...
+
+
 def measure(
-    reference: Decoder, candidate: OnnxRunner, tokens: np.ndarray, text: str, dtype: str = "fp32"
+    reference: Causal, candidate: Candidate, tokens: np.ndarray, text: str, dtype: str = "fp32"
 ) -> dict[str, Any]:
     """Every figure of the gate.
 
@@ -102,7 +124,7 @@ def gate(report: dict[str, Any], path: Path) -> None:
 
 
 def compare(
-    reference: Decoder, candidate: OnnxRunner, name: str, rows: tuple[tuple[int, ...], ...], tokens: np.ndarray
+    reference: Causal, candidate: Candidate, name: str, rows: tuple[tuple[int, ...], ...], tokens: np.ndarray
 ) -> dict[str, Any]:
     """The logits of one case against those of each row by itself, as a share of the largest."""
     room = min(candidate.max_length, len(tokens))
@@ -122,7 +144,7 @@ def shortened(row: tuple[int, ...], room: int) -> tuple[int, ...]:
     return tuple(int(piece) for piece in pieces if piece)
 
 
-def arriving(candidate: OnnxRunner, texts: list[np.ndarray], rows: tuple[tuple[int, ...], ...]) -> list[np.ndarray]:
+def arriving(candidate: Candidate, texts: list[np.ndarray], rows: tuple[tuple[int, ...], ...]) -> list[np.ndarray]:
     """Logits (T, V) of each text when its tokens arrive in the pieces of its row, all rows in one batch."""
     cache = candidate.new_cache(len(texts), max(map(sum, rows)))
     found: list[list[np.ndarray]] = [[] for _ in texts]
@@ -139,7 +161,7 @@ def arriving(candidate: OnnxRunner, texts: list[np.ndarray], rows: tuple[tuple[i
     return [np.concatenate(pieces) for pieces in found]
 
 
-def greedy(reference: Decoder, candidate: OnnxRunner, prompt: np.ndarray, limit: float) -> dict[str, Any]:
+def greedy(reference: Causal, candidate: Candidate, prompt: np.ndarray, limit: float) -> dict[str, Any]:
     """A cached greedy run of the candidate, and where the reference, reading the same tokens, would have turned off.
 
     Two paths may part only where the two tokens are as good as equal to the reference: closer than twice the tolerance.
@@ -159,7 +181,7 @@ def greedy(reference: Decoder, candidate: OnnxRunner, prompt: np.ndarray, limit:
     return {"tokens": count, "equal": count - len(partings), "partings": partings}
 
 
-def on_text(reference: Decoder, candidate: OnnxRunner, tokens: np.ndarray, text: str) -> dict[str, Any]:
+def on_text(reference: Causal, candidate: Reader, tokens: np.ndarray, text: str) -> dict[str, Any]:
     """The perplexity of both on the same text, read in windows of the model's whole context where memory allows."""
     window = min(candidate.max_length, max(32, LOGITS // candidate.vocab_size))
     nats, differences, largest, same, count = np.zeros(2), [0.0], 0.0, 0, 0
@@ -183,7 +205,7 @@ def on_text(reference: Decoder, candidate: OnnxRunner, tokens: np.ndarray, text:
     }
 
 
-def torch_logits(reference: Decoder, ids: np.ndarray) -> np.ndarray:
+def torch_logits(reference: Causal, ids: np.ndarray) -> np.ndarray:
     """(T,) -> (T, V), without a cache."""
     device = next(reference.parameters()).device
     with torch.inference_mode():

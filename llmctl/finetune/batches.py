@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmctl.training.loop import Batch
-from llmctl.training.objectives import IGNORED
+from llmctl.training.batch import IGNORED, Batch
 
 POOL = 16  # batches whose conversations are sorted together: enough to waste under a tenth on padding
 MULTIPLE = 64  # rows are padded to a multiple of this, so that few different shapes exist
@@ -62,4 +61,4 @@ def collate(rows: Sequence[Example], pad_id: int, length: int, position: int = 0
         tokens, mask = np.asarray(row.ids), np.asarray(row.supervised)
         ids[index, : len(tokens) - 1] = tokens[:-1]
         labels[index, : len(tokens) - 1] = np.where(mask[1:], tokens[1:], IGNORED)
-    return Batch(ids, labels, position)
+    return Batch((ids,), labels, position)

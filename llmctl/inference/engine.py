@@ -1,8 +1,9 @@
 """Many requests over one runner: a fair queue, and one thread that steps them in turn.
 
 Each answer (a sequence) has a cache of its own and is stepped alone, so nothing a neighbour does changes a byte of it.
-A step is one call of the runner: a piece of a prompt, or one token. Up to `slots` sequences take turns, step by step;
-the others wait, and free slots go round the waiting *requests*, so that a hundred prompts of one never starve another.
+A step is one call of the runner: a piece of a prompt, one token, or a batch of texts whose vectors are asked for. Up to
+`slots` sequences take turns, step by step; the others wait, and free slots go round the waiting *requests*, so that a
+hundred prompts of one never starve another.
 
 A client that has gone, a step that raises and a shutdown all take effect before a sequence's next step.
 """
@@ -24,7 +25,8 @@ from types import TracebackType
 import numpy as np
 
 from llmctl import console
-from llmctl.inference.generate import CHUNK, Finish, TextStream, room
+from llmctl.inference.encode import Embedder, Row, Vectors
+from llmctl.inference.generate import CHUNK, Answer, Finish, pieces, room
 from llmctl.inference.runners import Runner
 from llmctl.inference.sampling import History, Sampling, Token, generator_of, log_softmax, pick, token
 from llmctl.text.tokenizer import Tokenizer
@@ -50,9 +52,16 @@ class Prompt:
     scored: bool = False
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Texts whose vectors are asked for: each its ids. They are one sequence, and a step is a batch of them."""
+
+    rows: Sequence[Row]
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
-    """New text of one sequence.
+    """New text of one sequence, or the vectors of its texts.
 
     Attributes:
         index: of its prompt in the request.
@@ -60,6 +69,7 @@ class Event:
         prompt: of a scored prompt, with the first event; nothing comes before its first token, whose logprob is NaN.
         finish: why the sequence ended, with its last event.
         error: what went wrong; it ends the whole request.
+        vectors: of `Texts`, all of them, with the last event.
     """
 
     index: int
@@ -68,6 +78,7 @@ class Event:
     prompt: tuple[Token, ...] = ()
     finish: Finish | None = None
     error: Exception | None = None
+    vectors: Vectors | None = None
 
 
 @dataclass
@@ -88,7 +99,7 @@ class Ticket:
     """A request inside the engine."""
 
     deliver: Callable[[Event], None]
-    waiting: deque[tuple[int, Prompt]]
+    waiting: deque[tuple[int, Prompt | Texts]]
     unfinished: int
     cancelled: bool = False
 
@@ -103,7 +114,9 @@ class _Sequence:
 class Engine:
     """Runs requests until `close`. Every method may be called from any thread."""
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer, *, slots: int = 4, max_waiting: int = 256) -> None:
+    def __init__(
+        self, runner: Runner | Embedder, tokenizer: Tokenizer, *, slots: int = 4, max_waiting: int = 256
+    ) -> None:
         self.runner, self.tokenizer, self.slots, self.max_waiting = runner, tokenizer, slots, max_waiting
         self._stats = Stats()
         self._waiting: deque[Ticket] = deque()
@@ -113,7 +126,7 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="llmctl-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, prompts: Sequence[Prompt], deliver: Callable[[Event], None]) -> Ticket:
+    def submit(self, prompts: Sequence[Prompt] | Sequence[Texts], deliver: Callable[[Event], None]) -> Ticket:
         """Queues a request; `deliver` gets its events in the engine's thread, and must return at once.
 
         Raises:
@@ -236,56 +249,63 @@ class Engine:
         self._active.clear()
         self._stats.active = 0
 
-    def _steps(self, index: int, prompt: Prompt) -> Iterator[Event | None]:
-        """What `generate.stream` does, a step at a time; the last event has `finish`."""
-        runner, sampling = self.runner, prompt.sampling
+    def _steps(self, index: int, prompt: Prompt | Texts) -> Iterator[Event | None]:
+        """What is asked for, a step at a time; the last event has `finish`."""
+        if isinstance(prompt, Texts):
+            assert isinstance(self.runner, Embedder)
+            return _embed(self.runner, index, prompt)
+        assert not isinstance(self.runner, Embedder)
+        return self._write(self.runner, index, prompt)
+
+    def _write(self, runner: Runner, index: int, prompt: Prompt) -> Iterator[Event | None]:
+        """What `generate.stream` does."""
+        sampling = prompt.sampling
         limit = room(runner, prompt.ids, sampling)
         if not limit and not prompt.scored:
             yield Event(index, finish="length")
             return
-        cache = runner.new_cache(max_length=len(prompt.ids) + limit)
-        ids = np.asarray(prompt.ids, np.int64)[None]  # (1, T)
+        cache, first = runner.begin(prompt.ids, limit)
         chunk = max(1, min(CHUNK, SCORED_VALUES // runner.vocab_size)) if prompt.scored else CHUNK
-        scores = [Token(int(ids[0, 0]), math.nan)] if prompt.scored else []
-        for start in range(0, ids.shape[1], chunk):
+        scores = [Token(first[0], math.nan)] if prompt.scored else []
+        for start, piece in enumerate(pieces(first, chunk)):
             if start:
                 yield None
-            logits = runner.forward(ids[:, start : start + chunk], cache, last_only=not prompt.scored)
+            logits = runner.forward(piece, cache, last_only=not prompt.scored)
             if prompt.scored:  # the logits at a position are about the next one
-                following = ids[0, start + 1 : start + 1 + logits.shape[1]]
+                following = first[len(scores) : len(scores) + logits.shape[1]]
                 scores += _score(logits[0, : len(following)], following, sampling.logprobs)
         if not limit:
             yield Event(index, prompt=tuple(scores), finish="length")
             return
-        generator, history = generator_of(sampling), History(prompt.ids)
-        answer = TextStream(self.tokenizer, sampling.stop)
-        finish: Finish | None = None
+        generator, history = generator_of(sampling), History(first)
+        answer = Answer(runner, self.tokenizer, sampling, limit)
         while True:
-            drawn = pick(logits[0, -1], sampling, generator, history)
-            history.output.append(drawn.id)
-            text = answer.push(drawn.id)
-            if answer.stopped:
-                finish = "stop"
-            elif drawn.id in runner.eos_ids and not sampling.ignore_eos:
-                text, finish = text + answer.flush(), "stop"
-            elif len(history.output) == limit:
-                text, finish = text + answer.flush(cut_off=True), "stop" if answer.stopped else "length"
-            yield Event(index, text, (drawn,), tuple(scores), finish)
-            if finish is not None:
+            delta = answer.push(pick(logits[0, -1], sampling, generator, history))
+            history.output.append(delta.tokens[0].id)
+            yield Event(index, delta.text, delta.tokens, tuple(scores), delta.finish_reason)
+            if delta.finish_reason is not None:
                 return
             scores = []
-            logits = runner.forward(np.array([[drawn.id]], np.int64), cache)
+            logits = runner.forward(np.array([[history.output[-1]]], np.int64), cache)
 
 
-def _score(logits: np.ndarray, ids: np.ndarray, top: int) -> list[Token]:
-    """Logits (T, V) and the tokens (T,) that came."""
-    return [token(row, int(id_), top) for row, id_ in zip(log_softmax(logits), ids, strict=True)]
+def _embed(embedder: Embedder, index: int, texts: Texts) -> Iterator[Event | None]:
+    vectors = np.empty((len(texts.rows), embedder.dimensions), np.float32)
+    for places, found in embedder.batches(texts.rows):
+        vectors[places] = found
+        yield None
+    yield Event(index, vectors=vectors, finish="stop")
+
+
+def _score(logits: np.ndarray, ids: Sequence[int], top: int) -> list[Token]:
+    """Logits (T, V) and the T tokens that came."""
+    return [token(row, id_, top) for row, id_ in zip(log_softmax(logits), ids, strict=True)]
 
 
 class Answers:
     """A request as an async iterator over its events. Leaving the `with` block cancels what is not finished."""
 
-    def __init__(self, engine: Engine, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, engine: Engine, prompts: Sequence[Prompt] | Sequence[Texts]) -> None:
         """Queues the request at once; raises what `submit` raises."""
         self._engine = engine
         self._loop = asyncio.get_running_loop()

@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -66,6 +66,15 @@ class OnnxCache:
             self.views[start, stop] = OnnxCache(self.session, self.buffers, lengths, self.first + start)
         return self.views[start, stop]
 
+    def select(self, rows: Sequence[int]) -> OnnxCache:
+        """A copy whose row i goes on from row rows[i]."""
+        at = [self.first + row for row in rows]
+        held = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(buffer.numpy()[at]), buffer.device_name())
+            for name, buffer in self.buffers.items()
+        }
+        return OnnxCache(self.session, held, self.lengths[list(rows)])
+
     def reset(self) -> None:
         """Forgets every row; what the buffers hold is never read again."""
         self.lengths[:] = 0
@@ -80,6 +89,8 @@ class OnnxRunner:
         eos_ids: every id that ends a text or a turn.
     """
 
+    start_ids: tuple[int, ...] = ()
+
     def __init__(self, folder: Path, device: Device) -> None:
         """Loads the graph.
 
@@ -91,7 +102,7 @@ class OnnxRunner:
         self.folder, self.device = folder, device
         self.vocab_size, self.eos_ids = config.vocab_size, config.eos_ids
         self.max_length = config.max_position_embeddings
-        self.session = _session(folder, device)
+        self.session = open_session(folder, device)
         names = [value.name for value in self.session.get_inputs()]
         self.cache_names = [name.removeprefix(PAST) for name in names if name.startswith(PAST)]
         layers = config.num_hidden_layers
@@ -100,6 +111,14 @@ class OnnxRunner:
         self.cache_row = (config.num_key_value_heads, config.head_dim)
         overridable = {value.name for value in self.session.get_overridable_initializers()}
         self.keeps_last = "logits_to_keep" in overridable
+
+    def begin(self, prompt: Sequence[int], new: int) -> tuple[OnnxCache, list[int]]:
+        """See `Runner`."""
+        return self.new_cache(1, len(prompt) + new), list(prompt)
+
+    def select(self, cache: OnnxCache, rows: Sequence[int]) -> OnnxCache:
+        """See `Runner`."""
+        return cache.select(rows)
 
     def new_cache(self, batch: int = 1, max_length: int | None = None) -> OnnxCache:
         """Empty buffers for `batch` sequences of up to `max_length` positions (default: the model's)."""
@@ -129,7 +148,7 @@ class OnnxRunner:
         B, T = ids.shape
         new = np.full(B, T) if new is None else np.asarray(new)
         cache = cache if cache is not None else self.new_cache(B, T)
-        self._check(ids, cache, new)
+        check(ids, cache, new, self.vocab_size, self.max_length)
         T = int(new.max())
         ids = np.ascontiguousarray(ids[:, :T], np.int64)
         if B > 1 and T > 1 and cache.lengths.any():
@@ -156,20 +175,41 @@ class OnnxRunner:
         self.session.run_with_iobinding(binding)
         return logits
 
-    def _check(self, ids: np.ndarray, cache: OnnxCache, new: np.ndarray) -> None:
-        """Checks what the kernels would not: Gather takes a negative id for one from the end."""
-        B, T = ids.shape
-        if len(cache.lengths) != B or new.shape != (B,) or not T or new.min() < 1 or new.max() > T:
-            held = len(cache.lengths)
-            raise ValueError(f"{B} rows of {T} tokens do not go with a cache of {held} rows and new = {new.tolist()}")
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            raise ValueError(f"token ids lie outside 0 .. {self.vocab_size - 1}")
-        room = min(cache.max_length, self.max_length)
-        if int((cache.lengths + new).max()) > room:
-            raise ValueError(f"{cache.length} + {T} positions do not fit in {room}")
+
+class Held(Protocol):
+    """What a cache tells of the rows it holds."""
+
+    lengths: np.ndarray
+
+    @property
+    def length(self) -> int: ...
+    @property
+    def max_length(self) -> int: ...
 
 
-def _session(folder: Path, device: Device) -> ort.InferenceSession:
+def check(ids: np.ndarray, cache: Held, new: np.ndarray, vocab_size: int, max_length: int) -> None:
+    """Checks what the kernels would not: Gather takes a negative id for one from the end.
+
+    Raises:
+        ValueError: see `OnnxRunner.forward`.
+    """
+    B, T = ids.shape
+    if len(cache.lengths) != B or new.shape != (B,) or not T or new.min() < 1 or new.max() > T:
+        held = len(cache.lengths)
+        raise ValueError(f"{B} rows of {T} tokens do not go with a cache of {held} rows and new = {new.tolist()}")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(f"token ids lie outside 0 .. {vocab_size - 1}")
+    room = min(cache.max_length, max_length)
+    if int((cache.lengths + new).max()) > room:
+        raise ValueError(f"{cache.length} + {T} positions do not fit in {room}")
+
+
+def open_session(folder: Path, device: Device) -> ort.InferenceSession:
+    """The session of a folder's graph, on the device that was asked for.
+
+    Raises:
+        DataError, UnavailableError: see `OnnxRunner`.
+    """
     check_external_data(folder / GRAPH)
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = device.threads, 1

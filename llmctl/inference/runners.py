@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,12 +14,14 @@ import numpy.typing as npt
 import torch
 
 from llmctl.device import Device
-from llmctl.errors import UsageError
-from llmctl.model import hf
-from llmctl.model.transformer import Cache, Decoder
+from llmctl.errors import DataError, UsageError
+from llmctl.model import hf, packed
+from llmctl.model.lstm import LSTM
+from llmctl.model.transformer import Decoder, Encoder, EncoderDecoder
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+Writer = Decoder | LSTM | EncoderDecoder
 
 
 class Runner(Protocol):
@@ -27,11 +31,20 @@ class Runner(Protocol):
         vocab_size: V.
         max_length: positions, prompt and answer together.
         eos_ids: every id that ends a text or a turn.
+        start_ids: what an encoder-decoder's answer begins with; empty for a decoder, which goes on from the prompt.
     """
 
     vocab_size: int
     max_length: int
     eos_ids: tuple[int, ...]
+    start_ids: tuple[int, ...]
+
+    def begin(self, prompt: Sequence[int], new: int) -> tuple[Any, list[int]]:
+        """A cache with room for an answer of `new` tokens to a prompt, and the ids to `forward` first.
+
+        Those are the prompt itself, or, where an encoder has read it, `start_ids`.
+        """
+        ...
 
     def new_cache(self, batch: int = 1, max_length: int | None = None) -> Any:
         """An empty cache for `batch` sequences of up to `max_length` positions; only its own runner understands it."""
@@ -48,52 +61,99 @@ class Runner(Protocol):
         """
         ...
 
+    def select(self, cache: Any, rows: Sequence[int]) -> Any:
+        """A cache of len(rows) sequences whose row i goes on from row rows[i] of `cache`: a row may be taken twice."""
+        ...
+
 
 class TorchRunner:
-    """A `Decoder` behind the interface."""
+    """A model that writes text behind the interface: a `Decoder`, an `EncoderDecoder` or an `LSTM`."""
 
     def __init__(self, folder: Path, device: Device, dtype: str = "fp32") -> None:
-        """Loads a model folder; `dtype` is what it computes in, "fp32", "bf16" or "fp16"."""
+        """Loads a model folder; `dtype` is what it computes in, "fp32", "bf16" or "fp16".
+
+        Raises:
+            DataError: the folder is damaged, or holds a model that writes no text.
+        """
         torch.set_num_threads(device.threads)
-        self._take(hf.load(folder, dtype, device.torch))
+        model = hf.load(folder, dtype, device.torch, mapped=dtype == "fp32")  # other weights are packed: copied
+        if isinstance(model, Encoder):
+            config = model.config
+            raise DataError(
+                f"is a {config.family} {config.kind} for {config.task}, which writes no text",
+                file=folder,
+                hint="name a causal language model or an encoder-decoder",
+            )
+        packed.pack(model)
+        self._take(model)
 
     @classmethod
-    def of(cls, model: Decoder) -> TorchRunner:
+    def of(cls, model: Writer) -> TorchRunner:
         """A runner over a model in memory, which stays what it is: a later step of training shows in its answers."""
         runner = cls.__new__(cls)
         runner._take(model)
         return runner
 
-    def _take(self, model: Decoder) -> None:
+    def _take(self, model: Writer) -> None:
+        config, encodes = model.config, isinstance(model, EncoderDecoder)
         self.model = model
-        self.vocab_size = model.config.vocab_size
-        self.max_length = model.config.max_position_embeddings
-        self.eos_ids = model.config.eos_ids
+        self.vocab_size = config.vocab_size
+        self.max_length = config.max_position_embeddings
+        self.eos_ids = config.eos_ids
+        start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.pad_token_id
+        self.start_ids: tuple[int, ...] = (start or 0,) if encodes else ()
 
-    def new_cache(self, batch: int = 1, max_length: int | None = None) -> Cache:
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return next(name for name, kind in hf.DTYPES.items() if kind == self.model.head_weight().dtype)
+
+    def begin(self, prompt: Sequence[int], new: int) -> tuple[Any, list[int]]:
+        """See `Runner`."""
+        if not isinstance(self.model, EncoderDecoder):
+            return self.new_cache(1, len(prompt) + new), list(prompt)
+        cache = self.new_cache(1, len(self.start_ids) + new)
+        with self._inference(), torch.inference_mode():
+            self.model.read(cache, self.model.encode(self._tensor(np.asarray([prompt], np.int64))))
+        return cache, list(self.start_ids)
+
+    def new_cache(self, batch: int = 1, max_length: int | None = None) -> Any:
         """See `Runner`."""
         with torch.inference_mode():
             return self.model.new_cache(batch, max_length)
 
-    def forward(self, ids: Ids, cache: Cache | None = None, last_only: bool = True) -> Logits:
+    def forward(self, ids: Ids, cache: Any = None, last_only: bool = True) -> Logits:
+        """See `Runner`. An encoder-decoder needs the cache that `begin` gave."""
+        step = self.model.decode if isinstance(self.model, EncoderDecoder) else self.model
+        with self._inference(), torch.inference_mode():
+            logits: Logits = step(self._tensor(ids), cache=cache, last_only=last_only).cpu().numpy()
+            return logits
+
+    def select(self, cache: Any, rows: Sequence[int]) -> Any:
         """See `Runner`."""
+        with torch.inference_mode():
+            return cache.select(torch.tensor(rows, device=self.model.device))
+
+    def _tensor(self, ids: Ids) -> torch.Tensor:
         if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.vocab_size:
             raise ValueError(f"token ids lie outside 0 .. {self.vocab_size - 1}")
-        was_training = self.model.training
-        if was_training:  # samples drawn in mid-training: no dropout
-            self.model.eval()
+        return torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self.model.device)
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        """No dropout in samples that are drawn in mid-training."""
+        if not self.model.training:
+            yield
+            return
+        self.model.eval()
         try:
-            with torch.inference_mode():
-                given = torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self.model.rope_cos.device)
-                logits: Logits = self.model(given, cache, last_only=last_only).cpu().numpy()
-                return logits
+            yield
         finally:
-            if was_training:
-                self.model.train()
+            self.model.train()
 
 
-def load(folder: Path, device: Device, runtime: str = "auto") -> Runner:
-    """The runner for a folder: ONNX Runtime where it holds an exported graph, else torch.
+def load(folder: Path, device: Device, runtime: str = "auto", dtype: str = "fp32") -> Runner:
+    """The runner for a folder: ONNX Runtime where it holds an exported graph, else torch, which computes in `dtype`.
 
     Raises:
         UsageError: `runtime` is unknown, or names one that this folder is not for.
@@ -107,7 +167,7 @@ def load(folder: Path, device: Device, runtime: str = "auto") -> Runner:
     if runtime == "torch" and exported and not (folder / "model.safetensors").is_file():
         raise UsageError(f"{folder} is an ONNX export", hint="name the model it was made from")
     if exported and runtime != "torch":
-        from llmctl.inference.onnx_runner import OnnxRunner
+        from llmctl.inference import onnx_recurrent
 
-        return OnnxRunner(folder, device)
-    return TorchRunner(folder, device)
+        return onnx_recurrent.load(folder, device)
+    return TorchRunner(folder, device, dtype)

@@ -165,10 +165,11 @@ def truncated(scores: npt.NDArray[np.float64], sampling: Sampling) -> npt.NDArra
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Log-probabilities over the last axis, in float64."""
+    """Log-probabilities over the last axis, in float64; exact to 1e-7, for the exponentials are taken in float32."""
     wide = logits.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
-    result: npt.NDArray[np.float64] = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    shares = np.exp(wide.astype(np.float32)).sum(-1, keepdims=True, dtype=np.float64)
+    result: npt.NDArray[np.float64] = wide - np.log(shares)
     return result
 
 

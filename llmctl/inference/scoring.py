@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from llmctl.errors import UsageError
 from llmctl.inference.runners import Ids, Runner
 from llmctl.inference.sampling import log_softmax
-from llmctl.model.transformer import Decoder
+from llmctl.model.hf import Causal
 
 Nats = npt.NDArray[np.float64]
 # ids (B, T), targets (B, T) -> the surprise at each target, (B, T), in nats
@@ -66,7 +66,7 @@ class Score:
 
 
 def score(
-    model: Decoder | Runner,
+    model: Causal | Runner,
     tokens: Ids,
     *,
     max_seq_length: int,
@@ -78,7 +78,7 @@ def score(
     """Scores a text in windows.
 
     Args:
-        model: a Decoder is scored in torch, on its device; a Runner through its logits.
+        model: a torch model is scored in torch, on its device; a Runner through its logits.
         tokens: (N,) ids.
         max_seq_length: ids a window gives the model.
         stride: targets a window adds. The default, `max_seq_length`, reads every token once; fewer give each target at
@@ -86,7 +86,7 @@ def score(
             the cost (the sliding window of transformers' perplexity guide).
         bytes_: of the text in UTF-8, for bits per byte.
         batch_size: windows at a time; by default as many as `LOGITS` allows.
-        autocast: bf16 matrix products over fp32 weights, as in training (Decoder only).
+        autocast: bf16 matrix products over fp32 weights, as in training (torch only).
 
     Raises:
         UsageError: fewer than two tokens, or a stride that skips some.
@@ -98,8 +98,8 @@ def score(
         )
     if not 1 <= stride <= max_seq_length:
         raise UsageError(f"a stride of {stride} does not lie between 1 and max_seq_length = {max_seq_length}")
-    surprise = of_decoder(model, autocast) if isinstance(model, Decoder) else of_runner(model)
-    vocab_size = model.config.vocab_size if isinstance(model, Decoder) else model.vocab_size
+    surprise = of_decoder(model, autocast) if isinstance(model, Causal) else of_runner(model)
+    vocab_size = model.config.vocab_size if isinstance(model, Causal) else model.vocab_size
     rows = batch_size or max(1, LOGITS // (min(max_seq_length, len(tokens)) * vocab_size))
     windows = list(_windows(len(tokens), max_seq_length, stride))
     found: list[float] = []
@@ -127,9 +127,9 @@ def _windows(total: int, length: int, stride: int) -> Iterator[tuple[int, int, i
         counted = stop
 
 
-def of_decoder(model: Decoder, autocast: bool = False) -> Surprise:
+def of_decoder(model: Causal, autocast: bool = False) -> Surprise:
     """Surprise computed in torch: the head runs over a few positions at a time, and no logits leave the device."""
-    device = model.rope_cos.device
+    device = model.device
     positions = max(1, LOGITS // model.config.vocab_size)
 
     def surprise(ids: Ids, targets: Ids) -> Nats:

@@ -1,28 +1,46 @@
 """A model as a Hugging Face folder: config.json, generation_config.json, model.safetensors and the tokenizer's files.
 
 This is the only format that llmctl keeps weights in, and no pickle is ever opened. What is written loads in
-transformers (parity tested), vLLM and llama.cpp's converter; what is read is any Llama or Qwen3 folder, in one file
-or in shards. config.json carries the rotary parameters twice: `rope_parameters` is what transformers 5 reads,
-`rope_theta` and `rope_scaling` what everything older reads.
+transformers (parity tested), vLLM and llama.cpp's converter; what is read is any folder of a family in `families/`,
+in one file or in shards. On disk every tensor has the family's own name and layout; in memory, Llama's.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import mmap
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmctl.errors import DataError
-from llmctl.model.config import FAMILIES, Config, RopeScaling, impossible
-from llmctl.model.transformer import Decoder
+from llmctl.model import pooling, storage
+from llmctl.model.config import Config
+from llmctl.model.families import FAMILIES
+from llmctl.model.families import layout as layouts
+from llmctl.model.families import stated as keys
+from llmctl.model.families.layout import Stored, native_spelling
+from llmctl.model.jsonfile import read_json, write_json
+from llmctl.model.lstm import LSTM
+from llmctl.model.origin import INDEX, WEIGHTS
+from llmctl.model.transformer import Decoder, Encoder, EncoderDecoder
 
+Causal = Decoder | LSTM
+Model = Decoder | LSTM | Encoder | EncoderDecoder
+
+STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # as safetensors spells them
+KINDS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
+    "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,11 +50,10 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
     "chat_template.jinja",
 )
 PADDING = 512  # embeddings may have this many rows more than there are pieces: Qwen pads its own by up to 399
-
-N = TypeVar("N", int, float)
 
 
 class Saves(Protocol):
@@ -45,7 +62,30 @@ class Saves(Protocol):
     def save(self, folder: Path) -> object: ...
 
 
-def save(model: Decoder, tokenizer: Saves | Path, folder: Path, dtype: str = "fp32") -> None:
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+def class_of(config: Config) -> type[Model]:
+    """Which dataflow a config asks for."""
+    if config.kind == "recurrent":
+        return LSTM
+    if config.kind == "encoder-decoder":
+        return EncoderDecoder
+    return Decoder if config.task == "causal-lm" else Encoder
+
+
+def build(config: Config) -> Model:
+    """A model without memory for its weights (torch's meta device)."""
+    with torch.device("meta"):
+        return class_of(config)(config)
+
+
+def random(config: Config, seed: int) -> Model:
+    """A fresh model in fp32 on the CPU; the same seed draws the same weights."""
+    return class_of(config).random(config, seed)
+
+
+def save(model: Model, tokenizer: Saves | Path, folder: Path, dtype: str = "fp32") -> None:
     """Writes the whole Hugging Face folder.
 
     Args:
@@ -56,11 +96,19 @@ def save(model: Decoder, tokenizer: Saves | Path, folder: Path, dtype: str = "fp
         dtype: "fp32", "bf16" or "fp16": how the weights are stored.
     """
     config = model.config
-    write_json(folder / "config.json", config_to_json(config, dtype))
-    write_json(folder / "generation_config.json", generation_to_json(config))
-    assert not any(".lora_" in name for name in model.state_dict()), "merge the adapter first"
-    state = {name: t.detach().to("cpu", DTYPES[dtype]).contiguous() for name, t in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", keys.config_to_json(config, dtype))
+    if config.kind != "encoder":
+        write_json(folder / "generation_config.json", keys.generation_to_json(config))
+    native = model.state_dict()
+    assert not any(".lora_" in name for name in native), "merge the adapter first"
+    stored = layout(model)
+    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+        old.unlink(missing_ok=True)
+    tensors = ((name, joined(entry, native).detach().to("cpu", DTYPES[dtype])) for name, entry in stored.items())
+    shapes = {name: (STORED[dtype], entry.shape) for name, entry in stored.items()}
+    storage.write(folder, shapes, ((name, chunks(tensor)) for name, tensor in tensors), storage.SHARD)
+    if config.task == "embedding":
+        pooling.write(folder, config)
     if isinstance(tokenizer, Path):
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
@@ -69,68 +117,169 @@ def save(model: Decoder, tokenizer: Saves | Path, folder: Path, dtype: str = "fp
         tokenizer.save(folder)
 
 
-def load(folder: Path, dtype: str = "fp32", device: torch.device | str = "cpu") -> Decoder:
+def load(folder: Path, dtype: str = "fp32", device: torch.device | str = "cpu", *, mapped: bool = False) -> Model:
     """The model in `folder`, in evaluation mode.
+
+    Args:
+        mapped: weights that are stored as they are wanted stay views of the file, read when first used: for a folder
+            that nobody writes into while the model runs, and a model that is not trained.
 
     Raises:
         DataError: a file that is missing or corrupt, a shape that llmctl does not build, or tensors that do not fit the
             config, each by name.
     """
     config = read_config(folder)
-    with torch.device("meta"):
-        model = Decoder(config)
-    # A copy, not a view of the mapped file: replacing or truncating the file must not reach into a running model.
-    state = {name: t.to(device, DTYPES[dtype], copy=True) for name, t in fitting(model, folder)}
-    model.load_state_dict(state, assign=True)
+    model = build(config)
+    native, state = model.state_dict(), dict[str, Tensor]()
+    for entry, tensor in fitting(model, folder, mapped=STORED[dtype] if mapped else ""):
+        for name, part in split(entry, tensor, native):
+            kept = part.to(device, DTYPES[dtype], copy=len(entry.parts) > 1)
+            state[name] = kept if kept.is_contiguous() else kept.contiguous()
+    model.load_state_dict({name: state[name] for name in native}, assign=True)
     return model.to(device).eval()
 
 
-def fitting(model: Decoder, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `folder` one by one, after checking by their headers that they are exactly those of `model`."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shapes: dict[str, tuple[int, ...]] = {}
-    opened = [(path, open_tensors(path)) for path in tensor_files(folder)]
-    for path, file in opened:
+def load_causal(folder: Path, dtype: str = "fp32", device: torch.device | str = "cpu") -> Causal:
+    """`load` for those who need a causal language model.
+
+    Raises:
+        DataError: as `load`; or it is another kind of model.
+    """
+    config = read_config(folder)
+    if config.task != "causal-lm":
+        raise DataError(
+            f"is a {config.family} {config.kind} for {config.task}, not a causal language model",
+            file=folder,
+            hint="this needs a model that continues a text: llama, qwen2, qwen3, gemma3, gpt2, mistral or lstm",
+        )
+    model = load(folder, dtype, device)
+    assert isinstance(model, Causal)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------- tensors
+
+
+def layout(model: Model) -> dict[str, Stored]:
+    """Every tensor that the model is stored as, by its name on disk."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return layouts.layout(model.config, shapes)
+
+
+def joined(entry: Stored, native: Mapping[str, Tensor]) -> Tensor:
+    """The tensor as it lies on disk."""
+    parts = [native[name] for name in entry.parts]
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return whole.t() if entry.transposed else whole
+
+
+def split(entry: Stored, tensor: Tensor, native: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The native tensors that one on disk holds, as views of it; `native` has their shapes."""
+    whole, start = tensor.t() if entry.transposed else tensor, 0
+    for name in entry.parts:
+        rows = native[name].shape[0]
+        yield name, whole[start : start + rows]
+        start += rows
+
+
+def fitting(model: Model, folder: Path, *, mapped: str = "") -> Iterator[tuple[Stored, Tensor]]:
+    """The tensors of `folder` one by one, after checking by their headers that they are exactly those of `model`.
+
+    They are copies; those that are stored as `mapped` says are views of the file.
+    """
+    files = [(path, open_tensors(path)) for path in tensor_files(folder)]
+    expected = check(model, folder, headers(files))
+    family = FAMILIES[model.config.family]
+    places = storage.headers(path for path, _ in files)
+    for path, file in files:
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            if name in shapes:
-                raise DataError(f"tensor {name} is stored twice", file=path)
-            shapes[name] = tuple(file.get_slice(name).get_shape())
-    # Old checkpoints store the rotary frequencies, and some the tied head a second time: neither is a weight of its
-    # own.
-    ignored = {name for name in shapes if name.endswith(".rotary_emb.inv_freq")}
-    if model.config.tie_word_embeddings and "lm_head.weight" in shapes:
-        ignored.add("lm_head.weight")
-    found = shapes.keys() - ignored
-    problems = [f"missing {name} {list(expected[name])}" for name in expected if name not in found]
-    problems += [f"unexpected {name} {list(shapes[name])}" for name in sorted(found - expected.keys())]
+            entry = expected.get(native_spelling(family, name, expected))
+            if entry is None:
+                continue
+            try:
+                yield entry, file.get_tensor(name) if places[name].dtype == mapped else read(places[name])
+            except (SafetensorError, OSError) as reason:
+                raise DataError(f"tensor {name} cannot be read ({reason})", file=path) from reason
+
+
+def check(model: Model, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """What `model` is stored as, once the names and shapes in `folder` have been found to be exactly that.
+
+    Raises:
+        DataError: listing what is missing, unexpected or misshapen.
+    """
+    expected, config = layout(model), model.config
+    family = FAMILIES[config.family]
+    ignored = aside(config, shapes, expected)
+    spelled = {native_spelling(family, name, expected): name for name in shapes if name not in ignored}
+    problems = [f"missing {name} {list(entry.shape)}" for name, entry in expected.items() if name not in spelled]
     problems += [
-        f"{name} is {list(shapes[name])}, not {list(expected[name])}"
-        for name in expected
-        if name in found and shapes[name] != expected[name]
+        f"unexpected {stored} {list(shapes[stored])}"
+        for name, stored in sorted(spelled.items())
+        if name not in expected
+    ]
+    problems += [
+        f"{name} is {list(shapes[spelled[name]])}, not {list(entry.shape)}"
+        for name, entry in expected.items()
+        if name in spelled and shapes[spelled[name]] != entry.shape
     ]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise DataError(f"the weights do not fit config.json: {'; '.join(problems[:8])}{more}", file=folder)
-    for path, file in opened:
+    return expected
+
+
+def aside(config: Config, shapes: Mapping[str, Any], expected: Mapping[str, Stored]) -> set[str]:
+    """Stored tensors that are no weights of their own: buffers, heads of another task, a tied head's second copy."""
+    family = FAMILIES[config.family]
+    patterns = [re.compile(pattern) for pattern in family.aside]
+    found = {name for name in shapes if name not in expected and any(p.fullmatch(name) for p in patterns)}
+    if config.tie_word_embeddings:
+        found |= {name for name in _heads(config) if name in shapes}
+    return found
+
+
+def _heads(config: Config) -> tuple[str, ...]:
+    """What a separate output matrix is called."""
+    if config.task == "masked-lm":
+        return ("cls.predictions.decoder.weight", "lm_head.decoder.weight", "decoder.weight")
+    return ("lm_head.weight",) if config.task in ("causal-lm", "seq2seq-lm") else ()
+
+
+def headers(files: list[tuple[Path, Any]]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of every tensor in opened files.
+
+    Raises:
+        DataError: a name that is stored twice.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, file in files:
         for name in file.keys():  # noqa: SIM118
-            if name in expected:
-                try:
-                    yield name, file.get_tensor(name)
-                except (SafetensorError, OSError) as reason:
-                    raise DataError(f"tensor {name} cannot be read ({reason})", file=path) from reason
+            if name in shapes:
+                raise DataError(f"tensor {name} is stored twice", file=path)
+            shapes[name] = tuple(file.get_slice(name).get_shape())
+    return shapes
+
+
+def chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, row by row in memory's order, a few megabytes at a time."""
+    flat = tensor.contiguous().view(-1)
+    step = storage.BUFFER // flat.element_size()
+    for start in range(0, flat.numel(), step):
+        yield flat[start : start + step].view(torch.uint8).numpy().data
 
 
 def tensor_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards that model.safetensors.index.json names, which must lie in the folder itself."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
     if not index.is_file():
-        hint = (
-            "a folder of pickled weights (.bin, .pt) is not opened; convert it with its own tools"
-            if any(folder.glob("*.bin"))
-            else ""
-        )
+        hint = ""
+        if any(folder.glob("*.bin")):
+            hint = "a folder of pickled weights (.bin, .pt) is not opened; `llmctl import` says how to convert one"
+        elif any(folder.glob("*.gguf")):
+            hint = "a GGUF file is imported first: llmctl import FILE.gguf"
         raise DataError("holds no model.safetensors", file=folder, hint=hint)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -142,8 +291,27 @@ def tensor_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def read(stored: storage.Stored) -> Tensor:
+    """A tensor of a safetensors file in memory of its own: pages of a mapped file would count, and stay, beside it.
+
+    The memory goes back to the system as soon as the tensor is dropped, which torch's own often does not.
+    """
+    if stored.start == stored.end:
+        return torch.empty(stored.shape, dtype=KINDS[stored.dtype])
+    pages = mmap.mmap(-1, stored.end - stored.start)
+    left = memoryview(pages)
+    with stored.path.open("rb", buffering=0) as file:
+        file.seek(stored.start)
+        while left:
+            if not (count := file.readinto(left)):
+                raise DataError("ends in the middle of a tensor", file=stored.path, hint=storage.DAMAGED)
+            left = left[count:]
+    return torch.frombuffer(pages, dtype=KINDS[stored.dtype]).view(stored.shape)
+
+
 def open_tensors(path: Path) -> Any:
-    """A safetensors file, its header checked by the safetensors library; tensors are read when asked for."""
+    """A safetensors file, its header checked (storage.py says for what); tensors are read when asked for."""
+    storage.header(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as reason:
@@ -154,8 +322,15 @@ def open_tensors(path: Path) -> Any:
         ) from reason
 
 
+# ------------------------------------------------------------------------------------------------------ config.json
+
+
 def read_config(folder: Path) -> Config:
-    """The shape that config.json states; where generation_config.json names the ids that end a text, those count."""
+    """The shape that config.json states, and what only the files beside it tell.
+
+    generation_config.json names the ids that end a text; the weights tell whether a tied head is stored a second time
+    with other values (it is a head of its own then, as in Flan-T5) and whether an encoder kept its pooler.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise DataError("holds no config.json, so it is not a model folder", file=folder)
@@ -163,119 +338,31 @@ def read_config(folder: Path) -> Config:
     generation = folder / "generation_config.json"
     if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
         stated = {**stated, "eos_token_id": eos}
-    return config_from_json(stated, path)
-
-
-def config_to_json(config: Config, dtype: str = "fp32") -> dict[str, Any]:
-    """What config.json says; `config_from_json` reads it back."""
-    scaling = config.rope_scaling
-    rope: dict[str, Any] = {"rope_type": scaling.kind if scaling else "default"}
-    if scaling:
-        rope["factor"] = scaling.factor
-        if scaling.kind == "llama3":
-            rope["low_freq_factor"] = scaling.low_freq_factor
-            rope["high_freq_factor"] = scaling.high_freq_factor
-            rope["original_max_position_embeddings"] = scaling.original_max_position_embeddings
-    stated: dict[str, Any] = {
-        "architectures": [FAMILIES[config.family].architecture],
-        "attention_bias": config.attention_bias,
-        "attention_dropout": 0.0,
-        "bos_token_id": config.bos_token_id,
-        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-        "eos_token_id": config.eos_ids[0] if config.eos_ids else None,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "model_type": FAMILIES[config.family].model_type,
-        "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_key_value_heads,
-        "pad_token_id": config.pad_token_id,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": {"rope_theta": config.rope_theta, **rope},
-        "rope_scaling": rope if scaling else None,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),  # what transformers 4 and vLLM call `dtype`
-        "use_cache": True,
-        "vocab_size": config.vocab_size,
-    }
-    if config.family == "llama":
-        stated["mlp_bias"] = False
-    if config.family == "qwen3":
-        stated |= {"sliding_window": None, "use_sliding_window": False}
-    if config.dropout:
-        stated["dropout"] = (
-            config.dropout
-        )  # llmctl's own key: dropout on the residual stream, which a finetune inherits
-    return stated
-
-
-def generation_to_json(config: Config) -> dict[str, Any]:
-    """What generation_config.json says: which ids begin, end and pad a text."""
-    eos = config.eos_ids
-    stated: dict[str, Any] = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
-    stated["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
-    return {key: value for key, value in stated.items() if value is not None}
-
-
-def config_from_json(stated: dict[str, Any], file: Path) -> Config:
-    """The shape in a parsed config.json.
-
-    Raises:
-        DataError: another architecture, a switch that llmctl does not build, a missing or mistyped field, each by name.
-    """
-    family = stated.get("model_type")
-    if family not in FAMILIES:
-        raise DataError(
-            f"model_type is {family!r}", file=file, hint=f"llmctl builds these families: {', '.join(FAMILIES)}"
-        )
-    for key, built in UNBUILT.items():
-        if key in stated and stated[key] not in built:
-            raise DataError(f"{key} is {stated[key]!r}, which llmctl does not build", file=file)
-    if set(stated.get("layer_types") or ()) - {"full_attention"}:
-        raise DataError("layer_types asks for layers that llmctl does not build", file=file)
-    heads = _number(stated, "num_attention_heads", int, file)
-    width = _number(stated, "hidden_size", int, file)
-    theta, scaling = _rope(stated, file)
-    bos, eos, pad = (_ids(stated, f"{name}_token_id", file) for name in ("bos", "eos", "pad"))
-    config = Config(
-        family=family,
-        vocab_size=_number(stated, "vocab_size", int, file),
-        hidden_size=width,
-        intermediate_size=_number(stated, "intermediate_size", int, file),
-        num_hidden_layers=_number(stated, "num_hidden_layers", int, file),
-        num_attention_heads=heads,
-        num_key_value_heads=_number(stated, "num_key_value_heads", int, file, heads),
-        head_dim=_number(stated, "head_dim", int, file, width // max(heads, 1)),
-        max_position_embeddings=_number(stated, "max_position_embeddings", int, file),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rms_norm_eps=_number(stated, "rms_norm_eps", float, file, 1e-6),
-        tie_word_embeddings=bool(stated.get("tie_word_embeddings", False)),
-        attention_bias=bool(stated.get("attention_bias", False)),
-        dropout=_number(stated, "dropout", float, file, 0.0),
-        bos_token_id=bos[0] if bos else None,
-        eos_token_id=eos if len(eos) > 1 else eos[0] if eos else None,
-        pad_token_id=pad[0] if pad else None,
-    )
-    if problem := impossible(config):
-        raise DataError(problem, file=file)
+    config = keys.config_from_json(stated, path)
+    if config.task in ("embedding", "causal-lm") and (folder / pooling.POOLING).is_file():
+        # Qwen3-Embedding names the class with a language model's head; what stands beside it says what it is for
+        config = dataclasses.replace(config, task="embedding", pooling=pooling.read(folder))
+    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        return _as_stored(config, folder)
     return config
 
 
-# Switches of these families that llmctl does not build, and the values that leave them off.
-UNBUILT: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "mlp_bias": (False,),
-    "use_sliding_window": (False, None),
-    "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,),
-    "pretraining_tp": (1, None),
-}
+def _as_stored(config: Config, folder: Path) -> Config:
+    if config.kind == "recurrent" or (config.kind == "decoder" and not config.tie_word_embeddings):
+        return config
+    files = [open_tensors(path) for path in tensor_files(folder)]
+    where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+    if config.tie_word_embeddings and (head := next((n for n in _heads(config) if n in where), None)):
+        stored = layout(build(config))
+        embedding = next(name for name, entry in stored.items() if entry.parts[0].endswith("embed_tokens.weight"))
+        family = FAMILIES[config.family]
+        other = next((n for n in where if native_spelling(family, n, stored) == embedding), None)
+        if other is not None and not torch.equal(where[head].get_tensor(head), where[other].get_tensor(other)):
+            config = dataclasses.replace(config, tie_word_embeddings=False)
+    if config.kind == "encoder" and config.task == "embedding":
+        pooler = any(name.endswith("pooler.dense.weight") for name in where)
+        config = dataclasses.replace(config, head_transform="pooler" if pooler else "")
+    return config
 
 
 def check_vocabulary(config: Config, pieces: int, folder: Path) -> None:
@@ -286,60 +373,3 @@ def check_vocabulary(config: Config, pieces: int, folder: Path) -> None:
             file=folder,
             hint="use the tokenizer that the model was trained with",
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or a DataError that names the file and line."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as reason:
-        raise DataError(f"is not JSON ({reason.msg})", file=path, line=reason.lineno) from reason
-    except (OSError, UnicodeDecodeError) as reason:
-        raise DataError(f"cannot be read ({reason})", file=path) from reason
-    if not isinstance(value, dict):
-        raise DataError("is not a JSON object", file=path)
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes an object as transformers does: indented, keys sorted, a newline at the end."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _number(stated: dict[str, Any], key: str, kind: type[N], file: Path, default: N | None = None) -> N:
-    """A number of config.json; absent or null takes the default."""
-    value = stated.get(key)
-    if value is None and default is not None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | kind):
-        raise DataError(f"{key} is {value!r}, but it must be a number", file=file)
-    return kind(value)
-
-
-def _rope(stated: dict[str, Any], file: Path) -> tuple[float, RopeScaling | None]:
-    """The rotary base and its scaling, from transformers 5's key or from the older ones."""
-    rope = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise DataError("rope_parameters is not an object", file=file)
-    theta = _number({**stated, **rope}, "rope_theta", float, file, 10_000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise DataError(f"rope_type is {kind!r}; llmctl builds default, linear and llama3", file=file)
-    if kind == "default":
-        return theta, None
-    factor = _number(rope, "factor", float, file)
-    if kind == "linear":
-        return theta, RopeScaling("linear", factor)
-    low, high = (_number(rope, f"{end}_freq_factor", float, file) for end in ("low", "high"))
-    trained = _number(stated, "max_position_embeddings", int, file)
-    original = _number(rope, "original_max_position_embeddings", int, file, trained)
-    return theta, RopeScaling("llama3", factor, low, high, original)
-
-
-def _ids(stated: dict[str, Any], key: str, file: Path) -> tuple[int, ...]:
-    """The token ids of a field that may be absent, one id, or a list of them; -1 is how old configs spell "none"."""
-    value = stated.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(id, int) for id in ids):
-        raise DataError(f"{key} is {value!r}, but it must be a token id", file=file)
-    return tuple(id for id in ids if id >= 0)

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmctl.errors import RecipeError
-from llmctl.model.hf import write_json
+from llmctl.model.families import FAMILIES
+from llmctl.model.jsonfile import write_json
 from llmctl.model.transformer import Decoder
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -58,7 +59,7 @@ def apply(model: Decoder, r: int, alpha: float, targets: Sequence[str], seed: in
     `targets` are names of `TARGETS`, or "all-linear" for all of them, as in PEFT. A is drawn as PEFT draws it.
 
     Raises:
-        RecipeError: an unknown target, none at all, or a rank below 1.
+        RecipeError: an unknown target, none at all, a rank below 1, or a family that PEFT adapts otherwise.
     """
     wanted = TARGETS if tuple(targets) == ("all-linear",) else tuple(targets)
     unknown = [name for name in wanted if name not in TARGETS]
@@ -66,6 +67,12 @@ def apply(model: Decoder, r: int, alpha: float, targets: Sequence[str], seed: in
         raise RecipeError(
             f"[finetune] lora_target_modules names {', '.join(unknown) or 'nothing'}",
             hint=f'choose from {", ".join(TARGETS)}, or ["all-linear"]',
+        )
+    if FAMILIES[model.config.family].names:
+        raise RecipeError(
+            f"[finetune] method = lora: {model.config.family} stores its projections under names of its own, some "
+            "fused, which PEFT has no adapter for",
+            hint='use method = "full"',
         )
     if r < 1:
         raise RecipeError(f"[finetune] lora_r = {r}, but it must be at least 1")

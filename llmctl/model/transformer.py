@@ -1,10 +1,11 @@
-"""The decoder of the Llama and Qwen3 families, under Hugging Face's parameter names.
+"""One transformer with switches: decoder, encoder and encoder-decoder, under Llama's parameter names.
 
-The forward is architecture only: no loss, no sampling, no packing. Both families share the block
-`x + attend(norm(x))`, `x + mlp(norm(x))`; what sets them apart is data in `config.FAMILIES`.
+The forward is architecture only: no loss, no sampling, no packing. A switch of `Config` chooses a sublayer (a norm, an
+activation, a way to tell positions); the three dataflows are the three classes at the end. What the tensors are called
+on disk is `families/`'s business.
 
-Numerics follow transformers' LlamaForCausalLM and Qwen3ForCausalLM (tests/parity): norms and rotations are computed
-in fp32 whatever the weights' dtype.
+Numerics follow transformers (tests/parity): norms, rotations and softmax are computed in fp32 whatever the weights'
+dtype.
 """
 
 # B batch, T time, S past and new time together, C channels, H heads, K key/value heads, D head size, V vocabulary
@@ -12,215 +13,95 @@ in fp32 whatever the weights' dtype.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmctl.model.config import Config
+from llmctl.model.sublayers import ACTIVATIONS, Cache, embedding, norm
+from llmctl.model.trunk import HIDDEN, Trunk
 
-INIT_STD = (
-    0.02  # GPT-2's; the outputs into the residual stream get it divided by sqrt(2L), as there (Radford et al. 2019)
-)
+if TYPE_CHECKING:
+    pass
 
+INIT_STD = 0.02  # GPT-2's; outputs into the residual stream get it divided by sqrt(2L), as there (Radford et al. 2019)
 
-BLOCKWISE = 1024  # the longest text that `blockwise` attends to on a CPU
-
-
-class Rope(NamedTuple):
-    """The cosines and sines of the positions at hand, each (T, 1, D/2) or (B, T, 1, D/2), fp32."""
-
-    cos: Tensor
-    sin: Tensor
+M = TypeVar("M", bound=nn.Module)
 
 
-class Cache:
-    """Keys and values of the positions seen so far, in buffers of a fixed length, so that appending moves nothing."""
-
-    def __init__(
-        self, config: Config, batch: int, max_length: int, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)  # (L, B, K, max_length, D)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.max_length = max_length
-        self.length = 0  # positions held; the decoder advances it when every layer has appended
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (B, K, T, D) behind what is held; returns all of it, (B, K, S, D), as views."""
-        past, total = self.length, self.length + k.shape[2]
-        self.keys[layer, :, :, past:total] = k
-        self.values[layer, :, :, past:total] = v
-        return self.keys[layer, :, :, :total], self.values[layer, :, :, :total]
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm (Zhang and Sennrich 2019, arXiv:1910.07467); the mean is taken in fp32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
-
-
-class Attention(nn.Module):
-    """Causal attention with rotary positions and grouped key/value heads."""
-
-    def __init__(self, config: Config, layer: int) -> None:
-        super().__init__()
-        width, size, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.layer, self.head_dim, self.qk_norm = layer, size, config.qk_norm
-        self.q_proj = nn.Linear(width, config.num_attention_heads * size, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * size, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * size, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * size, width, bias=bias)
-        if self.qk_norm:
-            self.q_norm = RMSNorm(size, config.rms_norm_eps)
-            self.k_norm = RMSNorm(size, config.rms_norm_eps)
-
-    def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:  # (B, T, C) -> (B, T, C)
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)  # before the rotation, as Qwen3 does
-        q, k = rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2)  # (B, H, T, D), (B, K, T, D)
-        v = v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        out: Tensor = self.o_proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))
-        return out
-
-
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
-
-
-class Block(nn.Module):
-    """Attention, then the feed-forward, each added to the stream; dropout falls on what is added."""
-
-    def __init__(self, config: Config, layer: int) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-        self.dropout = config.dropout
-
-    def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + F.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
-
-
-class Trunk(nn.Module):
-    """Everything but the head; a module of its own because Hugging Face's names begin with `model.`"""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+# -------------------------------------------------------------------------------------------------------- dataflows
 
 
 class Decoder(nn.Module):
     """A causal language model. With tied embeddings there is no `lm_head` module, so every tensor is stored once.
 
-    The constructor leaves the weights as torch.nn's defaults; `Decoder.random` draws them from a seed, `hf.load`
-    reads them.
+    The constructor leaves the weights as torch.nn's defaults; `random` draws them from a seed, `hf.load` reads them.
     """
-
-    rope_cos: Tensor
-    rope_sin: Tensor
-    future: Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.model = Trunk(config)
+        self.model = Trunk(config, causal=True)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        angles = rotary_angles(config)
-        self.register_buffer("rope_cos", angles.cos(), persistent=False)
-        self.register_buffer("rope_sin", angles.sin(), persistent=False)
-        longest = min(config.max_position_embeddings, BLOCKWISE)
-        future = torch.full((longest, longest), -math.inf, device="cpu").triu(1)  # hides what comes later
-        self.register_buffer("future", future, persistent=False)
+        self.head_proj: nn.Module | None = None  # the head as `packed.pack` has laid it out
 
     @classmethod
     def random(cls, config: Config, seed: int) -> Decoder:
-        """A fresh model in fp32 on the CPU; the same seed draws the same weights, whatever else the process draws."""
-        with torch.device("meta"):
-            model = cls(config)
-        generator = torch.Generator().manual_seed(seed)
-        residual_std = INIT_STD / math.sqrt(2 * config.num_hidden_layers)
+        """See `randomized`."""
+        return randomized(cls, config, seed)
 
-        def draw(name: str, shape: torch.Size) -> Tensor:
-            if len(shape) == 1:
-                return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
-            std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else INIT_STD
-            return torch.empty(shape).normal_(0.0, std, generator=generator)
-
-        state = {name: draw(name, tensor.shape) for name, tensor in model.state_dict().items()}
-        model.load_state_dict(state, assign=True)
-        return model
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
 
     def head_weight(self) -> Tensor:
         """The (V, C) matrix that turns hidden states into logits: the embedding itself when tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def hidden(self, ids: Tensor, cache: Cache | None = None, positions: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        cache: Cache | None = None,
+        positions: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """The normed states before the head, (B, T) -> (B, T, C), for a loss that never holds all the logits.
 
         Args:
             ids: (B, T) int64.
             cache: what came before; the new keys and values are appended to it.
-            positions: (T,) or (B, T) where the tokens stand, if not right behind the cache.
+            positions: (T,) or (B, T) where the tokens stand, if not right behind the cache; below S.
+            mask: (B, S) bool, false at padding of past and new tokens; positions then count what is true.
+            documents: (B, T) int64 for packed sequences: tokens see only those of the same number.
 
         Raises:
-            ValueError: more positions than the rotary table or the cache holds.
+            ValueError: more positions than the model or the cache holds.
         """
-        past, new = cache.length if cache is not None else 0, ids.shape[1]
-        room = min(self.rope_cos.shape[0], cache.max_length if cache is not None else self.rope_cos.shape[0])
-        if past + new > room:
-            raise ValueError(f"{past} + {new} positions do not fit in {room}")
-        at = slice(past, past + new) if positions is None else positions
-        rope = Rope(self.rope_cos[at].unsqueeze(-2), self.rope_sin[at].unsqueeze(-2))
-        mask = None
-        if past and new > 1:
-            mask = torch.full((new, past + new), -math.inf, device=ids.device).triu(past + 1)
-        elif 1 < new <= BLOCKWISE and ids.device.type == "cpu":
-            mask = self.future[:new, :new]
-        x = self.model.embed_tokens(ids)
-        for block in self.model.layers:
-            x = block(x, rope, mask, cache)
-        if cache is not None:
-            cache.length = past + new
-        return self.model.norm(x)  # type: ignore[no-any-return]
+        return self.model(ids, cache, positions, mask=mask, documents=documents)  # type: ignore[no-any-return]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """States to logits in fp32, (..., C) -> (..., V)."""
+        found = (F.linear(x, self.head_weight()) if self.head_proj is None else self.head_proj(x)).float()
+        cap = self.config.final_logit_softcapping
+        return found if cap is None else cap * torch.tanh(found / cap)
 
     def forward(
-        self, ids: Tensor, cache: Cache | None = None, positions: Tensor | None = None, last_only: bool = False
+        self,
+        ids: Tensor,
+        cache: Cache | None = None,
+        positions: Tensor | None = None,
+        last_only: bool = False,
+        *,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Logits in fp32, (B, T) -> (B, T, V), or (B, 1, V) with `last_only`, which skips the head elsewhere."""
-        x = self.hidden(ids, cache, positions)
-        return F.linear(x[:, -1:] if last_only else x, self.head_weight()).float()
+        x = self.hidden(ids, cache, positions, mask=mask)
+        return self.logits(x[:, -1:] if last_only else x)
 
     def new_cache(self, batch: int = 1, max_length: int | None = None) -> Cache:
         """An empty cache of this model's device and dtype, `max_position_embeddings` long unless told."""
@@ -229,62 +110,219 @@ class Decoder(nn.Module):
         return Cache(self.config, batch, length, device=weight.device, dtype=weight.dtype)
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turns each pair (i, i + D/2) of (B, T, H, D) by its angle, in fp32 (Su et al. 2021, arXiv:2104.09864)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin), dim=-1).to(x.dtype)
+class Head(nn.Module):
+    """What a task makes of the states: a transform where the family has one, then labels or vocabulary.
 
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v: (B, H, T, D), twice (B, K, S, D) -> (B, H, T, D).
-
-    `mask` (T, S) is added to the scores. Without one a single query sees every key, and several see causally (S = T).
+    The masked-LM head's matrix is the embedding; its bias is stored here.
     """
-    B, H, T, D = q.shape
-    K = k.shape[1]
-    if T == 1:  # the heads of a group become rows of one product, so that no key is read twice
-        return F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v).reshape(B, H, T, D)
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=K != H)
-    return blockwise(q, k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1), mask)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        if config.head_transform:
+            self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.head_bias)
+        if config.head_transform == "norm":
+            self.norm = norm(config)
+        if config.task == "masked-lm":
+            self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+            if not config.tie_word_embeddings:
+                self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        elif config.task != "embedding":
+            scores = config.kind == "decoder" and config.task == "sequence-classification"
+            labels = 2 if config.task == "question-answering" else config.num_labels
+            self.classifier = nn.Linear(config.hidden_size, labels, bias=not scores)
+
+    def transform(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        if self.config.head_transform == "pooler":
+            x = torch.tanh(self.dense(x))
+        elif self.config.head_transform == "norm":
+            x = self.norm(ACTIVATIONS[self.config.head_act](self.dense(x)))
+        return F.dropout(x, self.config.dropout, self.training)
 
 
-def blockwise(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Causal attention by plain matrix products, 128 queries at a time against the keys up to the last of them.
+class Encoder(nn.Module):
+    """A model that is read as a whole: masked LM, classification, spans, embeddings.
 
-    Forward and backward at T = 256 take 11 ms where torch's CPU kernel takes 31 (bf16, compiled; 6 heads of 64, 8 rows,
-    one core with AVX512-BF16), 16 ms uncompiled, and 25 against 30 in fp32. The weights are kept for the backward pass,
-    which is why it is only for T up to `BLOCKWISE`.
+    Its trunk sees both ways, or, where the family is a decoder's (embedding models on Qwen3), only back.
     """
-    q = q * q.shape[-1] ** -0.5
-    past, rows = k.shape[2] - q.shape[2], []
-    for start in range(0, q.shape[2], 128):
-        stop = min(start + 128, q.shape[2])
-        seen = past + stop
-        scores = (q[:, :, start:stop] @ k[:, :, :seen].transpose(-1, -2)).float() + mask[start:stop, :seen]
-        rows.append(scores.softmax(-1).to(v.dtype) @ v[:, :, :seen])  # (B, H, 128, D)
-    return torch.cat(rows, dim=2)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config, causal=config.kind == "decoder")
+        self.head = Head(config)
+
+    @classmethod
+    def random(cls, config: Config, seed: int) -> Encoder:
+        """See `randomized`."""
+        return randomized(cls, config, seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        mask: Tensor | None = None,
+        token_types: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """The last states, (B, T) -> (B, T, C).
+
+        Args:
+            ids: (B, T) int64.
+            mask: (B, T) bool, false at padding.
+            token_types: (B, T) int64, which text of a pair a token belongs to; zeros if left out.
+            documents: (B, T) int64 for packed sequences: tokens see only those of the same number.
+        """
+        return self.model(ids, mask=mask, documents=documents, token_types=token_types)  # type: ignore[no-any-return]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Masked LM: states to logits in fp32, (..., C) -> (..., V)."""
+        tied = self.config.tie_word_embeddings
+        weight = self.model.embed_tokens.weight if tied else self.head.decoder.weight
+        return F.linear(self.head.transform(x), weight, self.head.bias).float()
+
+    def forward(self, ids: Tensor, *, mask: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
+        """What the task asks for, in fp32.
+
+        masked-lm (B, T, V); sequence-classification (B, labels); token-classification (B, T, labels);
+        question-answering (B, T, 2), scores of the span's first and last token; embedding (B, C), of length 1.
+        """
+        x, task = self.hidden(ids, mask=mask, token_types=token_types), self.config.task
+        if task == "masked-lm":
+            return self.logits(x)
+        if task == "embedding":
+            return F.normalize(self.pool(x, mask).float(), dim=-1)
+        if task == "sequence-classification":
+            x = self.pool(x, mask)
+        scores: Tensor = self.head.classifier(self.head.transform(x))
+        return scores.float()
+
+    def pool(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One vector a sequence, (B, T, C) -> (B, C): the first token's, the last one's, or the mean of all."""
+        if mask is None:
+            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if self.config.pooling == "cls":
+            return x[:, 0]
+        if self.config.pooling == "last":
+            last = (mask * torch.arange(1, x.shape[1] + 1, device=x.device)).argmax(1)
+            return x[torch.arange(len(x), device=x.device), last]
+        weights = mask.to(x.dtype)[:, :, None]
+        return (x * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 
 
-def rotary_angles(config: Config) -> Tensor:
-    """The angle of every position and pair, (max_position_embeddings, D/2) fp32, always on the CPU.
+class EncoderDecoder(nn.Module):
+    """A text in, another out: T5 (Raffel et al. 2020, arXiv:1910.10683)."""
 
-    Frequencies are computed in fp32 in transformers' order of operations, so that the two agree bit for bit.
-    """
-    size = config.head_dim
-    pairs = torch.arange(0, size, 2, dtype=torch.float32, device="cpu")
-    frequencies = 1.0 / (config.rope_theta ** (pairs / size))
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        frequencies = frequencies / scaling.factor
-    elif scaling is not None:
-        # Llama 3.1: keep waves shorter than `short`, divide those longer than `long`, blend between the two.
-        waves = 2 * math.pi / frequencies
-        original, low, high = (
-            scaling.original_max_position_embeddings,
-            scaling.low_freq_factor,
-            scaling.high_freq_factor,
-        )
-        blend = ((original / waves - low) / (high - low)).clamp(0.0, 1.0)
-        frequencies = (1 - blend) * frequencies / scaling.factor + blend * frequencies
-    return torch.arange(config.max_position_embeddings, dtype=torch.float32, device="cpu").outer(frequencies)
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
+        self.encoder = Trunk(config, causal=False, layers=config.num_hidden_layers)
+        self.decoder = Trunk(config, causal=True, layers=config.num_decoder_layers, cross=True)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head_proj: nn.Module | None = None  # the head as `packed.pack` has laid it out
+
+    @classmethod
+    def random(cls, config: Config, seed: int) -> EncoderDecoder:
+        """See `randomized`."""
+        return randomized(cls, config, seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def head_weight(self) -> Tensor:
+        """The (V, C) matrix that turns hidden states into logits: the embedding itself when tied."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def encode(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the decoder reads: (B, S) -> (B, S, C); `mask` (B, S) bool is false at padding."""
+        x = F.dropout(self.embed_tokens(ids), self.config.dropout, self.training)
+        return self.encoder.run(x, mask=mask)
+
+    def read(self, cache: Cache, memory: Tensor, mask: Tensor | None = None) -> None:
+        """Puts what cross-attention reads of (B, S, C) into a cache, where decoding steps find it."""
+        cache.memory = [block.cross_attn.read(memory) for block in self.decoder.blocks]
+        cache.hidden = _hidden(mask)
+
+    def states(
+        self, decoder_ids: Tensor, memory: Tensor | None, *, mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """The decoder's states before the head, (B, T) -> (B, T, C), scaled as the head wants them.
+
+        Args:
+            decoder_ids: (B, T) int64, the first of them `decoder_start_token_id`.
+            memory: of `encode`; None where `cache` has read it.
+            mask: (B, S) bool of the source, false at padding; with `memory`.
+        """
+        if memory is not None and cache is not None and not cache.memory:
+            self.read(cache, memory, mask)
+        if cache is not None:
+            read = cache.memory
+        else:
+            assert memory is not None, "decoding needs a memory, or a cache that has read one"
+            read = [block.cross_attn.read(memory) for block in self.decoder.blocks]
+        hidden = cache.hidden if cache is not None else _hidden(mask)
+        x = F.dropout(self.embed_tokens(decoder_ids), self.config.dropout, self.training)
+        x = self.decoder.run(x, cache, memory=read, hidden=hidden)
+        return x * self.config.logit_scale if self.config.logit_scale != 1.0 else x
+
+    def hidden(self, ids: Tensor, decoder_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Both passes, (B, S), (B, T) -> (B, T, C): the states before the head, for a loss."""
+        return self.states(decoder_ids, self.encode(ids, mask), mask=mask)
+
+    def decode(
+        self,
+        decoder_ids: Tensor,
+        memory: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits in fp32, (B, T) -> (B, T, V) or (B, 1, V); the arguments are those of `states`."""
+        x = self.states(decoder_ids, memory, mask=mask, cache=cache)
+        return self.logits(x[:, -1:] if last_only else x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """States to logits in fp32, (..., C) -> (..., V)."""
+        return (F.linear(x, self.head_weight()) if self.head_proj is None else self.head_proj(x)).float()
+
+    def forward(self, ids: Tensor, decoder_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Logits of a whole pair, (B, S), (B, T) -> (B, T, V)."""
+        return self.logits(self.hidden(ids, decoder_ids, mask=mask))
+
+    def new_cache(self, batch: int = 1, max_length: int | None = None) -> Cache:
+        """An empty cache for the decoder, `max_position_embeddings` long unless told."""
+        weight, length = self.embed_tokens.weight, max_length or self.config.max_position_embeddings
+        return Cache(self.config, batch, length, device=weight.device, dtype=weight.dtype)
+
+
+def _hidden(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else torch.where(mask.bool(), 0.0, HIDDEN)[:, None, None, :]
+
+
+def randomized(cls: type[M], config: Config, seed: int) -> M:
+    """A fresh model in fp32 on the CPU; the same seed draws the same weights, whatever else the process draws."""
+    with torch.device("meta"):
+        model = cls(config)
+    generator = torch.Generator().manual_seed(seed)
+    residual_std = INIT_STD / math.sqrt(2 * config.num_hidden_layers)
+
+    def draw(name: str, shape: torch.Size) -> Tensor:
+        if len(shape) == 1:
+            zero = name.endswith("bias") or (config.norm_offset and name.endswith("norm.weight"))
+            return torch.zeros(shape) if zero else torch.ones(shape)
+        std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else INIT_STD
+        if config.positions == "relative" and name.endswith("q_proj.weight"):
+            std = std * config.head_dim**-0.5  # what 1 / sqrt(D) does to the scores elsewhere (T5's initialiser)
+        return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+    state = {name: draw(name, tensor.shape) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    return model

@@ -14,7 +14,8 @@ from llmctl.errors import DataError, TimeUp
 from llmctl.prep.cleaning import Cleaner
 from llmctl.prep.corpus import Corpus
 from llmctl.recipe import PrepSection, Recipe
-from llmctl.text import shards, sources, tokenizer
+from llmctl.text import extension, shards, sources, tokenizer
+from llmctl.text.chat import ChatTemplate
 from llmctl.text.sources import Document, Tally
 from llmctl.text.tokenizer import Tokenizer
 
@@ -22,6 +23,7 @@ SAMPLES = "samples.jsonl"
 SHOWN = 12  # documents in samples.jsonl
 EXCERPT = 1_000  # characters of a document that are shown
 VOCABULARY_TEXT = 32_000_000  # bytes: more text hardly changes the pieces, and the trainer holds it in memory
+EXTENSION_TEXT = 8_000_000  # bytes: takes about 15 seconds
 BATCH = 4 << 20  # characters encoded at a time
 LITTLE = 100_000  # tokens: a model learns so few by heart
 
@@ -43,19 +45,25 @@ def prep(job: Job) -> Artifact:
 
     vocabulary = _tokenizer(section, job.recipe.root, corpus)
     with job.publishing() as staging:
-        every, longest, samples = max(1, corpus.documents // SHOWN), 0, list[str]()
-        writer = shards.Writer(staging.path, len(vocabulary), vocabulary.bos_id, _eos(vocabulary, section))
+        every, longest, lossy, samples = max(1, corpus.documents // SHOWN), 0, 0, list[str]()
+        writer = shards.Writer(staging.path, len(vocabulary), vocabulary.begin_id, _end(vocabulary, section))
         with writer, console.progress("prep", total=corpus.bytes, unit="bytes") as live:
             for number, encoded in enumerate(_encode(corpus, vocabulary, job)):
                 writer.add(encoded.split, encoded.ids, encoded.bytes)
                 longest = max(longest, len(encoded.ids))
                 if number % every == 0 and len(samples) < SHOWN:
                     samples.append(_sample(encoded))
+                    lossy += vocabulary.decode(encoded.ids) != encoded.text
                 live.update(writer.bytes, f"encoding · {console.size(writer.bytes)} of {console.size(corpus.bytes)}")
         vocabulary.save(staging.path)
+        if section.tokenizer.source and (template := ChatTemplate.load(_folder(section, job.recipe.root))):
+            template.save(staging.path)
         (staging.path / SAMPLES).write_text("".join(samples), encoding="utf-8")
 
         metrics = _metrics(tally, cleaner, writer.index) | {"longest_document": longest, "split": corpus.split.name}
+        metrics["round_trip"] = 1 - lossy / len(samples)  # of the documents in samples.jsonl
+        if lossy:
+            console.detail(f"the tokenizer does not give back every text: {lossy} of {len(samples)} samples differ")
         _say_what_was_made(metrics, time.monotonic() - started)
         return staging.seal(metrics | {"seconds": round(time.monotonic() - started, 3)})
 
@@ -87,18 +95,27 @@ def _read(section: PrepSection, root: Path, tally: Tally) -> Iterator[Document]:
 
 
 def _tokenizer(section: PrepSection, root: Path, corpus: Corpus) -> Tokenizer:
-    """The tokenizer that the recipe takes from elsewhere, else one trained on the training split."""
+    """The tokenizer that the recipe takes from elsewhere, perhaps extended; else one trained on the training split."""
     if section.tokenizer.source:
-        return Tokenizer.load(root / Path(section.tokenizer.source).expanduser())
+        base = Tokenizer.load(_folder(section, root))
+        if not section.tokenizer.extend:
+            return base
+        extended = extension.extend(base, corpus.blocks(EXTENSION_TEXT), section.tokenizer.extend)
+        _say_what_was_learned(base, extended, corpus)
+        return extended
     return tokenizer.train(corpus.blocks(VOCABULARY_TEXT), section.tokenizer.type, section.tokenizer.vocab_size)
 
 
-def _eos(vocabulary: Tokenizer, section: PrepSection) -> int:
-    if vocabulary.eos_id is None:
+def _folder(section: PrepSection, root: Path) -> Path:
+    return root / Path(section.tokenizer.source).expanduser()
+
+
+def _end(vocabulary: Tokenizer, section: PrepSection) -> int:
+    if vocabulary.end_id is None:
         raise DataError(
             "the tokenizer names no eos_token: documents could not be told apart", file=section.tokenizer.source
         )
-    return vocabulary.eos_id
+    return vocabulary.end_id
 
 
 class Encoded(NamedTuple):
@@ -181,6 +198,15 @@ def _say_what_was_read(section: PrepSection, tally: Tally) -> None:
         console.detail(f'lines left out (on_error = "skip"): {tally.bad_lines:,}')
     for file, key in tally.text_keys.items():
         console.detail(f"{file}: the text is under {key!r} (a guess; [prep] text_key says otherwise)")
+
+
+def _say_what_was_learned(base: Tokenizer, extended: Tokenizer, corpus: Corpus) -> None:
+    text = "".join(corpus.blocks(EXTENSION_TEXT // 16))
+    size, before, after = len(text.encode()), len(base.encode(text)), len(extended.encode(text))
+    console.detail(
+        f"vocabulary {len(base):,} + {len(extended) - len(base):,} pieces: {size / before:.2f} bytes a token before, "
+        f"{size / after:.2f} now"
+    )
 
 
 def _say_what_was_made(metrics: dict[str, Any], seconds: float) -> None:

@@ -1,56 +1,57 @@
-"""`llmctl pretrain`: a decoder learns the next token of prep's text."""
+"""`llmctl pretrain`: a model learns from prep's text, each kind in its own way (`training.objectives`)."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from llmctl import console
 from llmctl.artifact import Artifact, Job
 from llmctl.errors import DataError
-from llmctl.inference import generate, scoring
-from llmctl.inference.runners import TorchRunner
-from llmctl.inference.sampling import Sampling
+from llmctl.inference import scoring
 from llmctl.model import config as shapes
-from llmctl.model import hf
-from llmctl.model.transformer import Decoder
-from llmctl.pretrain import compressors
-from llmctl.text import shards
+from llmctl.model import extend, hf
+from llmctl.model.hf import Model
+from llmctl.pretrain import compressors, samples
+from llmctl.text import extension, shards
 from llmctl.text.shards import Shards
 from llmctl.text.tokenizer import Tokenizer
-from llmctl.training import checkpoint, journal, loop, objectives, optim, planning, session
-from llmctl.training.loop import Batch
+from llmctl.training import checkpoint, journal, loop, objectives, optim, planning, session, validation
+from llmctl.training.batch import Batch, Ids
+from llmctl.training.objectives import Objective
 from llmctl.training.planning import Plan
 
 PEAK = {"muon": 4e-3, "adamw": 2e-3}  # learning rates at width 256, tuned on recipes/small.toml
 VALIDATION_TOKENS = 65_536  # scored now and then; the whole split is scored at the end
-SAMPLE_TOKENS = 64
-SAMPLING = Sampling(temperature=0.8, top_k=50, max_tokens=SAMPLE_TOKENS)
 
 
 def pretrain(job: Job) -> Artifact:
     """Trains `[model]` on the tokens of prep and publishes a Hugging Face folder."""
-    section, data = job.recipe.section("pretrain"), job.inputs["data"]
+    section, data, seed = job.recipe.section("pretrain"), job.inputs["data"], job.recipe.seed
     tokenizer = Tokenizer.load(data.path)
     train, val = Shards.open(data.path, "train"), Shards.open(data.path, "val")
     model, formulas = _model(job, tokenizer, train)
+    objective = objectives.of(model.config, tokenizer)
     plan = _plan(job, model, train)
     flops = 6 * model.config.parameters * plan.tokens
-    choices, loss = session.choose(job, section, objectives.causal, flops, plan.micro_batch)
-    _announce(job, model, plan, choices, [*formulas, *plan.formulas], len(train))
+    choices, loss = session.choose(job, section, objectives.loss, flops, plan.micro_batch, kind=model.config.kind)
+    _announce(job, model, objective, plan, choices, [*formulas, *plan.formulas], len(train))
 
-    against = compressors.InBackground(lambda: val.text(tokenizer), lambda: train.text(tokenizer))
+    yardstick = (
+        compressors.InBackground(lambda: val.text(tokenizer), lambda: train.text(tokenizer))
+        if objective.is_causal
+        else None
+    )
     optimizers = optim.build(model, section.optimizer, plan.learning_rate, section.weight_decay)
-    state = session.resume(job, job.recipe.seed, model, optimizers, plan.steps)
-    prompts = list(section.prompts) or _beginnings(val, tokenizer)
+    state = session.resume(job, seed, model, optimizers, plan.steps)
+    prompts = list(section.prompts) or samples.prompts_of(val, tokenizer, objective, plan.length)
     sample_every = plan.eval_every if section.sample_every is None else section.sample_every
-    bits: float | None = None
+    part = val[:VALIDATION_TOKENS]
+    part_bytes, quality = len(tokenizer.decode(part.tolist()).encode()), ""
     stop = session.Stop(job)
     steps = loop.train(
         model,
         optimizers,
-        _batches(train, plan, job.recipe.seed, state.position),
+        _batches(train, objective, plan, seed, state.position),
         loss,
         steps=range(state.step, plan.steps),
         rate=plan.rate,
@@ -59,109 +60,131 @@ def pretrain(job: Job) -> Artifact:
         autocast=choices.autocast,
         stop=stop,
     )
-    with stop, console.progress("pretrain", total=plan.steps, unit="steps") as live:
+    with stop, console.progress("pretrain", total=plan.steps, unit="steps", opening=choices.opening) as live:
         for step in steps:
             session.follow(state, step)
-            live.update(step.number, loop.live_text(step, plan.steps, bits))
+            live.update(step.number, loop.live_text(step, plan.steps, quality))
             last = step.number == plan.steps  # it is saved, scored and sampled below
             if step.every(plan.eval_every) and not last:
                 with stop.breaks_off():
-                    score = scoring.score(
-                        model, val[:VALIDATION_TOKENS], max_seq_length=plan.length, autocast=choices.autocast
-                    )
-                    bits = score.bits_per_byte_of(tokenizer.decode(val[:VALIDATION_TOKENS].tolist()))
-                    session.record(job.work, step, {"val_loss": score.loss, "val_bits_per_byte": bits})
+                    found = _measured(model, objective, part, part_bytes, plan, choices)
+                    quality = _quality(found)
+                    session.record(job.work, step, found)
             elif step.every(section.log_every) or last:
                 session.record(job.work, step)
             if step.every(sample_every) and not last:
                 with stop.breaks_off():
-                    _sample(job, model, tokenizer, prompts, step.number)
+                    _sample(job, model, objective, tokenizer, prompts, step.number)
             if step.every(plan.save_every) and not last:
                 checkpoint.save(job.work, state, model, optimizers)
         checkpoint.save(job.work, state, model, optimizers)  # still deaf to the second signal that CI systems send
     stop.raise_if_early(state, plan.steps)
 
-    score = scoring.score(model, val[:], max_seq_length=plan.length, bytes_=val.bytes, autocast=choices.autocast)
-    _sample(job, model, tokenizer, prompts, plan.steps)
-    metrics = {
-        "val_loss": score.loss,
-        "val_bits_per_byte": score.bits_per_byte,
-        "val_perplexity": score.perplexity,
-        "parameters": model.config.parameters,
-        **session.figures(state),
-        **against.wait(),
-    }
-    console.detail(
-        f"step {plan.steps:,}/{plan.steps:,}  loss {score.loss:.2f}  {score.bits_per_byte:.3f} bits/byte  "
-        f"{console.count(metrics['tokens_per_second'])} tok/s",
-        console.duration(state.seconds),
-    )
-    console.detail(
-        f"the same text: zlib {metrics['zlib_bits_per_byte']:.2f} · xz {metrics['xz_bits_per_byte']:.2f} · "
-        f"xz primed {metrics['xz_primed_bits_per_byte']:.2f} · this model {score.bits_per_byte:.2f}"
-    )
+    metrics = _measured(model, objective, val[:], val.bytes, plan, choices)
+    _sample(job, model, objective, tokenizer, prompts, plan.steps)
+    metrics |= {"parameters": model.config.parameters, **session.figures(state)}
+    told = f"loss {metrics['val_loss']:.2f}  {_quality(metrics)}  {console.count(metrics['tokens_per_second'])} tok/s"
+    console.detail(f"step {plan.steps:,}/{plan.steps:,}  {told}", console.duration(state.seconds))
+    if yardstick is not None:
+        metrics |= yardstick.wait()
+        _tell_of_compressors(metrics)
     with job.publishing() as staging:
         hf.save(model, data.path, staging.path)
         session.publish_logs(job.work, staging.path)
         return staging.seal(metrics, logs=session.LOGS)
 
 
-def _model(job: Job, tokenizer: Tokenizer, train: Shards) -> tuple[Decoder, list[str]]:
+def _model(job: Job, tokenizer: Tokenizer, train: Shards) -> tuple[Model, list[str]]:
     """A fresh model of the recipe's shape, or the one `[model] from` brought in."""
     start = job.inputs.get("model")
     if start is None:
         ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
         config, formulas = shapes.derive(job.recipe.section("model"), len(tokenizer), **ids)
-        if len(train) <= config.max_position_embeddings:
+        if len(train) <= config.longest:
             raise DataError(
-                f"the context ({config.max_position_embeddings:,} tokens) is longer than the training text "
-                f"({len(train):,} tokens)",
+                f"the context ({config.longest:,} tokens) is longer than the training text ({len(train):,} tokens)",
                 file=job.inputs["data"].path,
                 hint=f"add text, or set [model] max_seq_length to {max(8, len(train) // 8)} or less",
             )
-        return Decoder.random(config, job.recipe.seed).to(job.device.torch), formulas
-    if Tokenizer.load(start.path).digest() != tokenizer.digest():
+        return hf.random(config, job.recipe.seed).to(job.device.torch), formulas
+    model, own = hf.load(start.path, device=job.device.torch), Tokenizer.load(start.path)
+    if own.digest() == tokenizer.digest():
+        return model, []
+    if extension.parts(own, tokenizer) is None:
         raise DataError(
-            "the tokenizer of [model] from is not the one of prep's tokens",
+            "the tokenizer of [model] from is not the one of prep's tokens, nor extended by it",
             file=start.path,
             hint=f'[prep.tokenizer] from = "{start.path}" encodes the text with the model\'s own pieces',
         )
-    return hf.load(start.path, device=job.device.torch), []
+    grown = f"vocabulary {len(own):,} -> {len(tokenizer):,}: a new piece begins as the mean of the pieces it is made of"
+    return extend.grow(model, own, tokenizer), [grown]
 
 
-def _plan(job: Job, model: Decoder, train: Shards) -> Plan:
-    section, length = job.recipe.section("pretrain"), model.config.max_position_embeddings
-    peak, width = PEAK[section.optimizer], model.config.hidden_size
+def _plan(job: Job, model: Model, train: Shards) -> Plan:
+    section, length = job.recipe.section("pretrain"), model.config.longest
+    peak, width = PEAK[section.optimizer] * planning.GAIN.get(model.config.kind, 1.0), model.config.hidden_size
     return planning.make(section, sequences=len(train) // length, length=length, width=width, peak=peak)
 
 
-def _announce(job: Job, model: Decoder, plan: Plan, choices: session.Choices, formulas: list[str], tokens: int) -> None:
+def _announce(
+    job: Job,
+    model: Model,
+    objective: Objective,
+    plan: Plan,
+    choices: session.Choices,
+    formulas: list[str],
+    tokens: int,
+) -> None:
     shape = model.config
-    size = f"{shape.num_hidden_layers} layers x {shape.hidden_size}, {console.count(shape.parameters)} parameters"
+    layers = (
+        f"{shape.num_hidden_layers} + {shape.num_decoder_layers}"
+        if shape.num_decoder_layers
+        else shape.num_hidden_layers
+    )
+    size = f"{layers} layers x {shape.hidden_size}, {console.count(shape.parameters)} parameters"
     epochs = plan.tokens / tokens
     console.stage("pretrain", f"{size} · {console.count(plan.tokens)} tokens, {epochs:.1f} epochs")
-    for formula in formulas:
+    for formula in (f"objective: {objective.name} = what {shape.kind} models learn", *formulas):
         console.debug(f"{'':12}{formula}")
     optimizer = f"{job.recipe.section('pretrain').optimizer} {plan.learning_rate:g}"
-    console.detail(f"{plan.steps:,} steps of {plan.batch} x {plan.length} · {optimizer} · {choices.describe()}")
+    learns = "" if objective.is_causal else f"{objective.name} · "
+    console.detail(f"{plan.steps:,} steps of {plan.batch} x {plan.length} · {learns}{optimizer} · {choices.describe()}")
 
 
-def _batches(train: Shards, plan: Plan, seed: int, position: int) -> Iterator[Batch]:
-    samples = shards.batches(train, seed=seed, max_seq_length=plan.length, batch_size=plan.batch, position=position)
-    for rows, after in samples:
-        yield Batch(rows[:, :-1], rows[:, 1:], after)
+def _batches(train: Shards, objective: Objective, plan: Plan, seed: int, position: int) -> Iterator[Batch]:
+    windows = shards.batches(train, seed=seed, max_seq_length=plan.length, batch_size=plan.batch, position=position)
+    for rows, after in windows:
+        yield objective.frame(rows, seed, after)
 
 
-def _beginnings(val: Shards, tokenizer: Tokenizer, count: int = 3) -> list[str]:
-    """The first words of some validation documents: beginnings that the model has not seen."""
-    texts = (tokenizer.decode(ids[:24].tolist()).strip() for ids in val.documents_ids())
-    return list(itertools.islice(filter(None, texts), count))
+def _measured(
+    model: Model, objective: Objective, tokens: Ids, bytes_: int, plan: Plan, choices: session.Choices
+) -> dict[str, float]:
+    """How good the model is on validation text of so many bytes.
+
+    Bits per byte are a causal model's: it says a text token by token, so its surprises add up to the text's. One that
+    fills in sees the rest of the text, and its figure would be no compression.
+    """
+    if not isinstance(model, hf.Causal):
+        found = validation.validate(model, objective, tokens, max_seq_length=plan.length, autocast=choices.autocast)
+        return found.metrics
+    score = scoring.score(model, tokens, max_seq_length=plan.length, bytes_=bytes_, autocast=choices.autocast)
+    return {"val_loss": score.loss, "val_bits_per_byte": score.bits_per_byte, "val_perplexity": score.perplexity}
 
 
-def _sample(job: Job, model: Decoder, tokenizer: Tokenizer, prompts: list[str], step: int) -> None:
-    runner = TorchRunner.of(model)
-    for index, prompt in enumerate(prompts):
-        sampling = dataclasses.replace(SAMPLING, seed=job.recipe.seed + index)
-        text = generate.complete(runner, tokenizer, tokenizer.prompt(prompt), sampling).text
+def _quality(found: Mapping[str, float]) -> str:
+    if "val_bits_per_byte" in found:
+        return f"{found['val_bits_per_byte']:.3f} bits/byte"
+    return f"{100 * found['val_accuracy']:.1f} % of hidden tokens right"
+
+
+def _tell_of_compressors(metrics: Mapping[str, float]) -> None:
+    names = {"zlib": "zlib", "xz": "xz", "xz_primed": "xz primed", "val": "this model"}
+    told = (f"{name} {metrics[f'{key}_bits_per_byte']:.2f}" for key, name in names.items())
+    console.detail(f"the same text: {' · '.join(told)}")
+
+
+def _sample(job: Job, model: Model, objective: Objective, tokenizer: Tokenizer, prompts: list[str], step: int) -> None:
+    for prompt, text in samples.say(model, objective, tokenizer, prompts, job.recipe.seed):
         journal.append(job.work / session.SAMPLES, {"step": step, "prompt": prompt, "text": text})
         console.event("sample", step=step, prompt=prompt, text=text)

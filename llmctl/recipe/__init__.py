@@ -2,6 +2,8 @@
 
 from llmctl.recipe.reading import default_name, is_builtin, load, of
 from llmctl.recipe.schema import (
+    ENCODERS,
+    NAME,
     SECTION_TYPES,
     SECTIONS,
     EvalSection,
@@ -12,14 +14,16 @@ from llmctl.recipe.schema import (
     PrepSection,
     PretrainSection,
     Recipe,
-    Section,
     ServeSection,
     TokenizerSection,
     TrainingSection,
 )
+from llmctl.recipe.section import Section
 from llmctl.recipe.writing import json_schema, reference, resolved
 
 __all__ = [
+    "ENCODERS",
+    "NAME",
     "SECTIONS",
     "SECTION_TYPES",
     "EvalSection",

@@ -66,9 +66,10 @@ def _validated(
         raise _explained(problem.errors()[0], path, places) from None
 
 
-def default_name(path: Path) -> str:
-    """The run's name that a file or folder suggests."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:64]
+def default_name(named: Path | str) -> str:
+    """The run's name that a file suggests, less its suffix; or that a folder's name does, as it is (Qwen3-0.6B)."""
+    stem = named.stem if isinstance(named, Path) else named
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64]
     return name if name not in ("", "current") else "run"
 
 
@@ -166,7 +167,7 @@ def _copied(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fixed(path: Any) -> bool:
     """Whether a value means the same from any folder."""
-    return not isinstance(path, str) or is_builtin(path) or path.startswith("~") or Path(path).is_absolute()
+    return not isinstance(path, str) or path.startswith(("builtin:", "hf:", "~")) or Path(path).is_absolute()
 
 
 def is_builtin(source: str) -> bool:

@@ -11,69 +11,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, core_schema
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-class _OneOrMany:
-    """Of a tuple: a single value stands for a list of one, in the recipe as in its JSON Schema."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(_as_tuple, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        many = handler(schema)
-        return {"anyOf": [many, many["items"]]}
-
-
-Positive = Annotated[int, Field(gt=0)]
-Sources = Annotated[tuple[str, ...], _OneOrMany()]
-
-
-def _operational(default: Any, description: str, **rules: Any) -> Any:
-    return Field(default, description=description, json_schema_extra={"operational": True}, **rules)
-
-
-class Section(BaseModel):
-    """A table of the recipe. Unknown keys are errors; values never change once read."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True, allow_inf_nan=False
-    )
-
-    def declared(self) -> dict[str, Any]:
-        """What enters an artifact's identity: every key that is not operational, defaults filled in, under its TOML
-        name.
-        """
-        kept: dict[str, Any] = {}
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if is_operational(field):
-                continue
-            kept[field.alias or name] = value.declared() if isinstance(value, Section) else plain(value)
-        return kept
-
-
-def plain(value: Any) -> Any:
-    return [plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def is_operational(field: FieldInfo) -> bool:
-    """Whether a key says how a call runs rather than what it makes."""
-    return bool(isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational"))
+from llmctl.recipe.section import OneOrMany, Positive, Section, Sources, operational
 
 
 class TokenizerSection(Section):
@@ -95,6 +35,17 @@ class TokenizerSection(Section):
         alias="from",
         description="Take the tokenizer of this artifact or Hugging Face folder instead of training one.",
     )
+    extend: Annotated[int, Field(ge=0, le=131_072)] = Field(
+        0,
+        description="With `from`: learn so many new pieces from the sources, for text that it spells badly (another "
+        "language). BPE vocabularies only; the model of `[model] from` grows with them.",
+    )
+
+    @model_validator(mode="after")
+    def _extends_another(self) -> TokenizerSection:
+        if self.extend and not self.source:
+            raise ValueError('[prep.tokenizer] extend adds to another tokenizer: name it, from = "FOLDER"')
+        return self
 
 
 class PrepSection(Section):
@@ -126,16 +77,40 @@ class PrepSection(Section):
         return value
 
 
+DECODERS = ("qwen3", "qwen2", "llama", "mistral", "gemma3", "gemma2", "stablelm", "gpt2")
+ENCODERS, ENCODER_DECODERS = ("modernbert", "bert", "roberta", "xlm-roberta"), ("t5",)
+Family = Literal[
+    "qwen3", "qwen2", "llama", "mistral", "gemma3", "gemma2", "stablelm", "gpt2",
+    "modernbert", "bert", "roberta", "xlm-roberta", "t5", "lstm",
+]  # fmt: skip
+# Keys that only some families have; the others refuse them.
+ONLY: dict[str, tuple[str, ...]] = {
+    "intermediate_size": DECODERS + ENCODERS + ENCODER_DECODERS,
+    "num_attention_heads": DECODERS + ENCODERS + ENCODER_DECODERS,
+    "head_dim": DECODERS + ENCODERS + ENCODER_DECODERS,
+    "num_key_value_heads": DECODERS[:-1],
+    "rope_theta": ("qwen3", "qwen2", "llama", "mistral", "gemma2", "stablelm"),
+    "rms_norm_eps": ("qwen3", "qwen2", "llama", "mistral", "gemma3", "gemma2", "t5"),
+}
+
+
 class ModelSection(Section):
     """The shape of the model. `depth` alone is enough: the rest is derived from it and printed."""
 
     source: str = Field(
         "",
         alias="from",
-        description="Start from this artifact or Hugging Face folder; the other keys then come from it.",
+        description="Start from this model: a run, an artifact, a Hugging Face folder, a .gguf file, or "
+        "`hf:org/name@COMMIT`. Its shape then comes with it.",
     )
-    family: Literal["qwen3", "llama"] = Field(
-        "qwen3", description="The architecture, as transformers names it. qwen3 normalises queries and keys."
+    convert_pickle: bool = operational(
+        False, "Let `from` be a folder of pickled weights (.bin): tensors alone are read, and kept as safetensors."
+    )
+    family: Family = Field(
+        "qwen3",
+        description="The architecture, as transformers names it. It decides what is learned: encoders (modernbert, "
+        "bert, roberta, xlm-roberta) masked tokens, t5 (an encoder-decoder) spans that were cut out, the others the "
+        "next token. lstm is the recurrent baseline.",
     )
     depth: Positive | None = Field(
         None,
@@ -153,7 +128,9 @@ class ModelSection(Section):
     )
     head_dim: Positive | None = Field(None, description="Width of a head; default: 64 (32 for widths below 128).")
     max_seq_length: Annotated[int, Field(ge=8, le=1_048_576)] = Field(512, description="Context length in tokens.")
-    tie_word_embeddings: bool = Field(True, description="Use one matrix to read tokens and to predict them.")
+    tie_word_embeddings: bool | None = Field(
+        None, description="Use one matrix to read tokens and to predict them; default: true, for t5 false (T5 v1.1)."
+    )
     rope_theta: Annotated[float, Field(gt=0)] = Field(
         10_000.0, description="Base of the rotary position embedding (RoFormer, arXiv:2104.09864)."
     )
@@ -161,6 +138,14 @@ class ModelSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Dropout on the residual branches while training; for small data seen many times."
     )
+
+    @field_validator(*ONLY)
+    @classmethod
+    def _goes_with_the_family(cls, value: Any, info: ValidationInfo) -> Any:
+        known, family = ONLY[str(info.field_name)], info.data.get("family")
+        if family is not None and family not in known and value != cls.model_fields[str(info.field_name)].default:
+            raise ValueError(f"{family} has no such thing; {', '.join(known)} have")
+        return value
 
 
 class TrainingSection(Section):
@@ -175,7 +160,7 @@ class TrainingSection(Section):
     global_batch_size: Positive | None = Field(
         None, description="Sequences an optimiser step; default: derived, and printed."
     )
-    micro_batch_size: Literal["auto"] | Positive = _operational(
+    micro_batch_size: Literal["auto"] | Positive = operational(
         "auto", "Sequences at a time through the model; gradients are accumulated up to global_batch_size."
     )
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
@@ -202,31 +187,33 @@ class TrainingSection(Section):
         description="Of the matrix products. auto: bf16 where the device multiplies it fast. fp32 on CPU is "
         "bitwise repeatable.",
     )
-    compile: Literal["auto"] | bool = _operational(
+    compile: Literal["auto"] | bool = operational(
         "auto",
         "torch.compile. auto: where a C++ compiler is and the run is long enough to pay for it; stored and "
         "reused on resume.",
     )
-    eval_every: Annotated[int, Field(ge=0)] | None = _operational(
+    eval_every: Annotated[int, Field(ge=0)] | None = operational(
         None, "Steps between validations; default: ten a run. 0: only at the end."
     )
-    save_every: Annotated[int, Field(ge=0)] | None = _operational(
+    save_every: Annotated[int, Field(ge=0)] | None = operational(
         None, "Steps between checkpoints; default: ten a run. 0: only when stopped."
     )
-    log_every: Positive = _operational(10, "Steps between lines of metrics.jsonl.")
+    log_every: Positive = operational(10, "Steps between lines of metrics.jsonl.")
 
 
 class PretrainSection(TrainingSection):
-    """Next-token prediction on the tokens of prep."""
+    """Training from scratch, or on, on the tokens of prep. What is learned follows from `[model] family`."""
 
     optimizer: Literal["muon", "adamw"] = Field(
         "muon",
         description="muon: torch.optim.Muon for matrices, AdamW for embeddings and norms. adamw: for everything.",
     )
-    prompts: tuple[str, ...] = _operational(
-        (), "Beginnings that the model continues now and then, for samples.jsonl; default: from the validation text."
+    prompts: tuple[str, ...] = operational(
+        (),
+        "What the model is asked now and then, for samples.jsonl: texts to continue, or with <mask> (encoders) or "
+        "<extra_id_0> (t5) to fill in; default: from the validation text.",
     )
-    sample_every: Annotated[int, Field(ge=0)] | None = _operational(
+    sample_every: Annotated[int, Field(ge=0)] | None = operational(
         None, "Steps between samples; default: with each validation."
     )
 
@@ -275,9 +262,7 @@ class FinetuneSection(TrainingSection):
 class EvalSection(Section):
     """How good the last model is, beside the one it was made from."""
 
-    text: Sources = Field(
-        (), description="Texts to score for perplexity and bits a byte; default: prep's validation split."
-    )
+    text: Sources = Field((), description="Texts to score a model on; default: prep's validation split.")
     tasks: Sources = Field(
         (),
         description="JSONL task files: {question, choices, answer} for multiple choice, {question, answer} for "
@@ -309,8 +294,13 @@ class EvalSection(Section):
 class ExportSection(Section):
     """The model in the form another runtime takes."""
 
-    formats: Annotated[tuple[Literal["onnx", "hf"], ...], _OneOrMany()] = Field(
-        ("onnx",), description="onnx: a decoder graph with a KV cache. hf: the clean Hugging Face folder."
+    formats: Annotated[tuple[Literal["onnx", "hf", "gguf"], ...], OneOrMany()] = Field(
+        ("onnx",),
+        description="onnx: a decoder graph with a KV cache. hf: the clean Hugging Face folder. gguf: one file for "
+        "llama.cpp and what is built on it.",
+    )
+    gguf_type: Literal["f16", "bf16", "f32", "q8_0", "q4_0"] = Field(
+        "f16", description="How a GGUF file stores matrices; q8_0 and q4_0 take 8.5 and 4.5 bits a weight."
     )
     text: str = Field(
         "",
@@ -322,33 +312,37 @@ class ExportSection(Section):
 class ServeSection(Section):
     """The HTTP server. Nothing here makes an artifact."""
 
-    host: str = _operational("127.0.0.1", "Address to listen on; anything else than this machine wants an api_key.")
-    port: Annotated[int, Field(ge=0, le=65535)] = _operational(8000, "Port; 0 takes a free one.")
-    api_key: str = _operational(
+    host: str = operational("127.0.0.1", "Address to listen on; anything else than this machine wants an api_key.")
+    port: Annotated[int, Field(ge=0, le=65535)] = operational(8000, "Port; 0 takes a free one.")
+    api_key: str = operational(
         "", "Clients must send it as a bearer token; empty: no key asked. Better: the variable LLMCTL_API_KEY."
     )
-    served_model_name: str = _operational("", "The name clients ask for; default: the run's name.")
-    max_model_len: Annotated[int, Field(ge=0)] = _operational(
+    served_model_name: str = operational("", "The name clients ask for; default: the run's name.")
+    max_model_len: Annotated[int, Field(ge=0)] = operational(
         0, "Cap on prompt and answer together; 0: the model's context."
     )
-    runtime: Literal["auto", "onnx", "torch"] = _operational("auto", "auto: the exported ONNX where there is one.")
+    runtime: Literal["auto", "onnx", "torch"] = operational("auto", "auto: the exported ONNX where there is one.")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = operational(
+        "auto", "What torch computes in; auto: bf16 where the hardware multiplies it fast, else fp32."
+    )
 
 
 class OriginSection(Section):
     """Where a resolved recipe came from; written by llmctl into recipe.resolved.toml, never by hand."""
 
-    recipe: str = _operational("", "The recipe file.")
-    root: str = _operational("", "The folder its paths are relative to.")
-    overrides: tuple[str, ...] = _operational((), "The --set arguments of that call.")
+    recipe: str = operational("", "The recipe file.")
+    root: str = operational("", "The folder its paths are relative to.")
+    overrides: tuple[str, ...] = operational((), "The --set arguments of that call.")
 
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of a run: a folder's name that needs no quoting anywhere
 SECTIONS = ("prep", "model", "pretrain", "finetune", "eval", "export", "serve")
 
 
 class Recipe(Section):
     """A whole recipe."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
+    name: Annotated[str, Field(pattern=NAME)] = Field(
         "", description="The run's name: runs/<name>; default: the file's name.", validate_default=False
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Everything random flows from it.")
@@ -374,6 +368,17 @@ class Recipe(Section):
     def _makes_sense(self) -> Recipe:
         if self.pretrain is not None and self.prep is None:
             raise ValueError("[pretrain] needs a [prep] section: it trains on prep's tokens")
+        family = self.model.family if self.model is not None and not self.model.source else ""
+        if family in ENCODERS + ENCODER_DECODERS:
+            kind = "an encoder" if family in ENCODERS else "an encoder-decoder"
+            if self.finetune is not None:
+                raise ValueError(f"[finetune] teaches a decoder to answer; {family} is {kind}: leave the section out")
+            if self.export is not None and "onnx" in self.export.formats:
+                raise ValueError(f'[export] formats: "onnx" is of decoders; {family} is {kind}: formats = ["hf"]')
+        if family == "lstm" and self.export is not None and self.export.formats != ("onnx",):
+            raise ValueError('[export] formats: no other tool has a class for lstm, so it is exported as "onnx" alone')
+        if family == "lstm" and self.finetune is not None and self.finetune.method == "lora":
+            raise ValueError('[finetune] method: an lstm has no projections for adapters to change: method = "full"')
         return self
 
     def section(self, name: str) -> Any:

@@ -10,7 +10,8 @@ from pydantic_core import PydanticUndefined
 
 from llmctl.errors import RecipeError
 from llmctl.recipe.reading import parse_override
-from llmctl.recipe.schema import SECTION_TYPES, Recipe, Section, is_operational, plain
+from llmctl.recipe.schema import SECTION_TYPES, Recipe
+from llmctl.recipe.section import Section, is_operational, plain
 
 
 def reference(section: str) -> list[tuple[str, str, str, str]]:

@@ -14,6 +14,7 @@ OPEN, FOLDED = 5, 19  # questions that are shown at once, and after a click
 METRICS = {
     "val_bits_per_byte": ("held-out text, bits/byte", "{:.3f}", False),
     "val_loss": ("held-out text, nats a token", "{:.3f}", False),
+    "val_accuracy": ("held-out text, hidden tokens said right", "{:.1%}", True),
     "val_perplexity": ("held-out text, perplexity", "{:,.1f}", False),
     "answer_bits_per_byte": ("held-out answers, bits/byte", "{:.3f}", False),
     "answers_ended": ("answers that end by themselves", "{:.3g} %", True),

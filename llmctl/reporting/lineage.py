@@ -149,13 +149,14 @@ def _figures(part: Part) -> tuple[str, ...]:
         return ("stopped by its parity gate" if part.stage == "export" else "not finished",)
     if part.stage == "prep":
         return _some(say(metrics, "documents", "{} documents"), say(metrics, "tokens", "{} tokens"))
+    right = say(metrics, "val_accuracy", "{} of hidden tokens", "{:.1%}".format).replace("%", " %")
     if part.stage in ("pretrain", "import"):
         bits = say(metrics, "val_bits_per_byte", "{} bits/byte", "{:.3f}".format)
-        return _some(say(metrics, "parameters", "{} parameters"), bits)
+        return _some(say(metrics, "parameters", "{} parameters"), bits, right)
     if part.stage == "finetune":
         return _some(say(metrics, "conversations", "{} conversations"), answers)
     if part.stage == "eval":
-        return _some(say(metrics, "val_bits_per_byte", "text {} bits/byte", "{:.2f}".format), answers)
+        return _some(say(metrics, "val_bits_per_byte", "text {} bits/byte", "{:.2f}".format), right, answers)
     if not part.place.endswith("onnx-ort"):
         return ("for transformers, vLLM",) if part.place.endswith("/hf") else ()
     equal, tokens = number(metrics, "greedy_equal"), number(metrics, "greedy_tokens")

@@ -61,8 +61,9 @@ def _pretrained(part: Part | None, story: Story) -> str:
     read = say(metrics, "tokens", "read {} tokens") + of + say(metrics, "seconds", " in {}", console.duration)
     who = say(metrics, "parameters", "{} parameters") or "A model"
     bits, primed = number(metrics, "val_bits_per_byte"), number(metrics, "xz_primed_bits_per_byte")
+    right = say(metrics, "val_accuracy", ": it fills in {} of what is hidden of held-out text", "{:.1%}".format)
     if bits is None:
-        return f"{who} {read}."
+        return f"{who} {read}{right.replace('%', ' %')}."
     reached = f"{who} {read}: "
     if primed is None:
         return f"{reached}{bits:.2f} bits/byte on held-out text."

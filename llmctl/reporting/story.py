@@ -234,4 +234,6 @@ def say(found: Mapping[str, Any], key: str, text: str = "{}", shown: Callable[[f
 
 def source_name(spec: str) -> str:
     """A source as people call it."""
+    if spec.startswith("hf:"):
+        return re.sub(r"@([0-9a-f]{8})[0-9a-f]+$", r" at \1", spec.removeprefix("hf:"))
     return BUILTIN.get(spec, spec.rstrip("/").rsplit("/", 1)[-1] if spec.startswith(("/", "~")) else spec)

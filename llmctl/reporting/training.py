@@ -15,6 +15,10 @@ PRETRAIN = (
     "Bits per byte: how many bits the model needs for a byte of text it has never seen, so fewer is better and 8 is no "
     "compression. zlib and xz pack the same bytes; primed xz has seen the training text first, as the model has."
 )
+FILLING = (
+    "Some of the text is hidden, and the model fills it in: the share it says right, of text it has not seen. It reads "
+    "what stands around, before and behind, so this is no compression and has no bits per byte."
+)
 FINETUNE = (
     "The model goes on learning, now only the assistant's side of conversations. Bits per byte are those of held-out "
     "answers; the first point is the model before."
@@ -32,22 +36,23 @@ def pretrain(part: Part, story: Story) -> Html:
     """The section on pretraining."""
     rows, metrics = list(part.rows("metrics.jsonl")), part.metrics
     end = number(metrics, "steps")
-    bits = _with_ends(_points(rows, "val_bits_per_byte"), None, metrics, "val_bits_per_byte")
+    filling = number(metrics, "val_accuracy") is not None
+    key, unit = ("val_accuracy", "of the hidden tokens") if filling else ("val_bits_per_byte", "bits/byte")
+    held_out = _with_ends(_points(rows, key), None, metrics, key)
     loss = _with_ends(_points(rows, "val_loss"), None, metrics, "val_loss")
     levels = [
         Level(name, value, "primed" if "primed" in key else "reference")
         for key, name in NAMES.items()
         if (value := number(metrics, key)) is not None
     ]
-    hero = chart(
-        "Held-out text", [Line("this model", bits, dots=True)], levels, unit="bits/byte", end=end, written=THREE
-    )
+    hero = chart("Held-out text", [Line("this model", held_out, dots=True)], levels, unit=unit, end=end, written=THREE)
     losses = [Line("training", _points(rows, "train_loss"), "train"), Line("held out", loss, dots=True)]
     second = chart("Loss", losses, unit="nats a token", end=end, written=THREE)
     charts = [tag("div", hero, second, class_="pair"), _small(rows, part, "pretrain")]
     plain = [] if rows else [tag("p", "metrics.jsonl could not be read: there are no curves.", class_="missing")]
     drawn = [tag("div", *charts, class_="charts")] if rows else plain
-    return section("pretrain", "Pretraining", PRETRAIN, *drawn, _pretrain_facts(part, story), *_samples(part, rows))
+    lede = FILLING if filling else PRETRAIN
+    return section("pretrain", "Pretraining", lede, *drawn, _pretrain_facts(part, story), *_samples(part, rows))
 
 
 def finetune(part: Part) -> Html:
@@ -73,7 +78,9 @@ def finetune(part: Part) -> Html:
 def imported(part: Part) -> Html:
     """The section on a model that was brought in."""
     origin = ", ".join(map(source_name, part.sources))
-    known = [("from", origin), *shape(part), ("size", console.size(sum(part.files.values())))]
+    licences = ", ".join(filter(None, (word(entry, "licence") for entry in part.sources.values())))
+    size = console.size(sum(part.files.values()))
+    known = [("from", origin), ("licence", licences), *shape(part), ("size", size)]
     return section("import", "Imported model", "Brought in as it was: its weights, config and tokenizer.", facts(known))
 
 
@@ -171,7 +178,9 @@ def _pretrain_facts(part: Part, story: Story) -> Html:
     read = say(metrics, "tokens") + (f", {share} the training text" if passes else "")
     loss = say(metrics, "val_loss", "{} nats a token", "{:.3f}".format)
     perplexity = say(metrics, "val_perplexity", " · perplexity {}", "{:,.1f}".format)
-    return facts([*shape(part), ("tokens read", read), ("held-out loss", loss + perplexity), *_work(part, "pretrain")])
+    right = say(metrics, "val_accuracy", "{}", "{:.1%}".format).replace("%", " %")
+    held_out = [("held-out loss", loss + perplexity), ("hidden tokens said right", right)]
+    return facts([*shape(part), ("tokens read", read), *held_out, *_work(part, "pretrain")])
 
 
 def _finetune_facts(part: Part) -> Html:

@@ -1,4 +1,4 @@
-"""The HTTP interface: OpenAI's completions and chat over one engine, whole and streamed, and the page at /.
+"""The HTTP interface: OpenAI's completions, chat and embeddings over one engine, and the page at /.
 
 A handler is a straight line: read the body within its limits, parse it, turn it into prompts, queue them, and write
 what comes. Whatever goes wrong is an `ApiError`, hence one JSON object; once a stream has begun, an event in it.
@@ -12,7 +12,7 @@ import hashlib
 import re
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -29,7 +29,7 @@ from llmctl import console
 from llmctl.errors import LlmctlError
 from llmctl.inference.engine import Answers, Engine, Prompt, QueueFull, Stopping
 from llmctl.inference.sampling import Token
-from llmctl.serve import answers, limits, prompts, protocol
+from llmctl.serve import answers, embeddings, limits, prompts, protocol
 from llmctl.serve.answers import Chat, Completion, Kind, Usage
 from llmctl.serve.guard import Guard
 from llmctl.serve.model import Model
@@ -38,6 +38,7 @@ from llmctl.serve.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     Parameters,
     TokenizeRequest,
 )
@@ -93,6 +94,13 @@ class Service:
         wanted = await run_in_threadpool(prompts.of_chat, asked, model)
         return await _answer(request, engine, wanted, asked, Chat(model, logprobs=asked.logprobs), [""] * asked.n)
 
+    async def embeddings(self, request: Request) -> Response:
+        model, engine = self.parts()
+        asked = protocol.parse(await _body(request), EmbeddingRequest)
+        texts, cut = await run_in_threadpool(embeddings.read, asked, model)
+        events = Answers(engine, [texts])
+        return await _whole(request, events, embeddings.answer(events, texts, cut, asked, model))
+
     async def tokenize(self, request: Request) -> Response:
         model, _ = self.parts()
         asked = protocol.parse(await _body(request), TokenizeRequest)
@@ -133,6 +141,7 @@ def application(service: Service, *, api_key: str = "", host: str = "127.0.0.1")
         Route("/v1/models/{name:path}", service.models),
         Route("/v1/completions", service.completions, methods=["POST"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/embeddings", service.embeddings, methods=["POST"]),
         Route("/tokenize", service.tokenize, methods=["POST"]),
         Route("/detokenize", service.detokenize, methods=["POST"]),
         Route("/tokenizer_info", service.tokenizer_info),
@@ -174,8 +183,13 @@ async def _answer(
     events = Answers(engine, wanted)
     if asked.stream:
         return EventStream(events, _stream(events, asked, kind, usage, opening))
+    return await _whole(request, events, _collect(events, kind, usage, opening))
+
+
+async def _whole(request: Request, events: Answers, answer: Coroutine[Any, Any, dict[str, Any]]) -> Response:
+    """The answer, unless the client leaves before it is there: that ends the request in the engine."""
     with events:
-        collecting = asyncio.ensure_future(_collect(events, kind, usage, opening))
+        collecting = asyncio.ensure_future(answer)
         leaving = asyncio.ensure_future(_gone(request))
         try:
             await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -295,7 +309,7 @@ def _card(model: Model, created: int) -> dict[str, Any]:
         "created": created,
         "owned_by": "llmctl",
         "max_model_len": model.max_length,
-        "kind": "base" if model.template is None else "chat",
+        "kind": model.kind,
     }
 
 

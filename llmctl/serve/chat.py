@@ -39,9 +39,10 @@ def chat(
     """Talks, or with a `prompt` (or a pipe on stdin) answers once. Returns the exit code.
 
     Raises:
-        UsageError: the question does not fit the model's context, or there is none.
+        UsageError: the question does not fit the model's context, or there is none; the model is a sentence encoder.
     """
     model = load(artifact.path, device)
+    _ = model.writer  # what can't answer says so before it is asked
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed)
     if model.template is None:
         console.note(f"{artifact.path} is a base model: it continues your text; it was not taught to answer")
@@ -116,7 +117,7 @@ def _ids(model: Model, messages: Messages) -> list[int]:
 
 def answer(model: Model, sampling: Sampling, ids: Sequence[int]) -> Iterator[Delta]:
     """The answer as it comes."""
-    return stream(model.runner, model.tokenizer, ids, sampling)
+    return stream(model.writer, model.tokenizer, ids, sampling)
 
 
 def _say(deltas: Iterator[Delta]) -> str:

@@ -20,6 +20,10 @@ MAX_N = 128
 # Answers to one request, prompts times n: one request may fill half of the queue, never all of it.
 MAX_SEQUENCES = 128
 
+# Texts in one request for embeddings, and their tokens together: OpenAI's own limits, which clients batch by.
+MAX_INPUTS = 2048
+MAX_INPUT_TOKENS = 300_000
+
 # Sequences waiting for a slot, over all clients. One costs its ids; the first one too many is told to come again.
 MAX_WAITING = 256
 

@@ -6,12 +6,14 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmctl.device import Device
 from llmctl.errors import DataError, UsageError
 from llmctl.inference import runners
+from llmctl.inference.encode import Embedder
 from llmctl.inference.runners import Runner, TorchRunner
+from llmctl.model import hf
 from llmctl.text import chat
 from llmctl.text.chat import TEMPLATE, ChatTemplate
 from llmctl.text.tokenizer import Tokenizer
@@ -23,20 +25,45 @@ class Model:
 
     name: str
     folder: Path
-    runner: Runner
+    runner: Runner | Embedder
     tokenizer: Tokenizer
     template: ChatTemplate | None
-    max_length: int  # tokens, prompt and answer together
+    max_length: int  # tokens, prompt and answer together; of a sentence encoder, those it reads of a text
+
+    @property
+    def kind(self) -> Literal["chat", "base", "embedding"]:
+        if isinstance(self.runner, Embedder):
+            return "embedding"
+        return "base" if self.template is None else "chat"
+
+    @property
+    def writer(self) -> Runner:
+        """The runner of a model that writes text.
+
+        Raises:
+            UsageError: it is a sentence encoder.
+        """
+        if isinstance(self.runner, Embedder):
+            raise UsageError(
+                f"{self.folder} is a sentence encoder: it gives vectors and writes no text",
+                hint="llmctl serve answers /v1/embeddings with it",
+            )
+        return self.runner
 
     @property
     def runtime(self) -> str:
         """What runs it, for people."""
-        return "torch" if isinstance(self.runner, TorchRunner) else "ONNX Runtime"
+        if isinstance(self.runner, TorchRunner):
+            return f"torch in {self.runner.dtype}"
+        return "torch" if isinstance(self.runner, Embedder) else "ONNX Runtime"
 
     def continuation(self, text: str) -> list[int]:
-        """The prompt of a raw completion: its ids behind the one `<s>` that documents begin with."""
-        bos = self.tokenizer.bos_id
-        return [*([] if bos is None else [bos]), *self.tokenizer.encode(text)]
+        """The ids of a raw text: a prompt's, behind the one `<s>` that documents begin with, if they do; for an encoder
+        with all that the tokenizer puts around it.
+        """
+        if isinstance(self.runner, Embedder) or self.runner.start_ids:
+            return self.tokenizer.encode_for_model(text)[0]
+        return self.tokenizer.prompt(text)
 
     def conversation(self, messages: list[dict[str, str]]) -> list[int]:
         """The prompt of a chat, up to where the answer begins.
@@ -69,26 +96,42 @@ class Model:
         return {**config, "chat_template": template.read_text(encoding="utf-8")} if template.is_file() else config
 
 
-def load(folder: Path, device: Device, *, name: str = "", runtime: str = "auto", max_model_len: int = 0) -> Model:
-    """Loads the artifact or Hugging Face folder.
+def load(
+    folder: Path,
+    device: Device,
+    *,
+    name: str = "",
+    runtime: str = "auto",
+    dtype: str = "auto",
+    max_model_len: int = 0,
+) -> Model:
+    """Loads the artifact or Hugging Face folder; `dtype` is what torch computes in, see `Device.dtype`.
 
     Raises:
         DataError: it is damaged, or its tokenizer does not match its weights.
         UsageError: `max_model_len` is over what the model holds.
         UnavailableError: the device or runtime is not on this machine.
     """
-    tokenizer = Tokenizer.load(folder)
-    runner = runners.load(folder, device, runtime)
+    runner = _runner(folder, device, runtime, dtype)
+    tokenizer = runner.tokenizer if isinstance(runner, Embedder) else Tokenizer.load(folder)
     if len(tokenizer) > runner.vocab_size:
         raise DataError(
             f"the tokenizer has {len(tokenizer)} pieces, the model {runner.vocab_size}: they don't belong together",
             file=folder,
             hint="serve the folder as its stage published it",
         )
-    if max_model_len > runner.max_length:
+    most = runner.longest if isinstance(runner, Embedder) else runner.max_length
+    if max_model_len > most:
         raise UsageError(
-            f"--max-model-len {max_model_len} is over the model's context of {runner.max_length} tokens",
+            f"--max-model-len {max_model_len} is over the model's context of {most} tokens",
             hint="leave it out to use the whole context",
         )
     length = max_model_len or runner.max_length
     return Model(name or folder.name, folder, runner, tokenizer, ChatTemplate.load(folder), length)
+
+
+def _runner(folder: Path, device: Device, runtime: str, dtype: str) -> Runner | Embedder:
+    whole = (folder / "config.json").is_file() and not (folder / "model.onnx").is_file()
+    if whole and runtime != "onnx" and hf.read_config(folder).task == "embedding":
+        return Embedder(folder, device)
+    return runners.load(folder, device, runtime, device.dtype(dtype)[0])

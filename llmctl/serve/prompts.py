@@ -7,6 +7,7 @@ from typing import Any
 
 from llmctl.errors import LlmctlError
 from llmctl.inference.engine import Prompt
+from llmctl.inference.generate import taken
 from llmctl.inference.sampling import Sampling
 from llmctl.serve import limits
 from llmctl.serve.model import Model
@@ -20,12 +21,15 @@ def of_completion(asked: CompletionRequest, model: Model) -> tuple[list[Prompt],
         ApiError: 400 or 404.
     """
     _check(asked, model)
-    texts = _texts(asked.prompt, model.runner.vocab_size, asked.n)
-    ids = _completion_ids(model, texts)
+    found = texts(asked.prompt, "prompt", model.runner.vocab_size, limits.MAX_SEQUENCES // asked.n)
+    ids = _completion_ids(model, found)
     spare = 0 if asked.echo and asked.max_tokens == 0 else 1  # a prompt that is only scored may fill the context
     rooms = [_room(len(prompt), asked.max_tokens, model, "prompt", spare) for prompt in ids]
     scored = asked.echo and asked.logprobs is not None
-    echoes = [_echo(text, model) if asked.echo else "" for text in texts]
+    if scored and model.writer.start_ids:
+        message = "an encoder-decoder gives its prompt no log-probabilities: `echo` and `logprobs` don't go together"
+        raise ApiError(400, message, param="echo", code="unsupported_parameter")
+    echoes = [_echo(text, model) if asked.echo else "" for text in found]
     opening = [echo for echo in echoes for _ in range(asked.n)]
     return _prompts(asked, model, ids, rooms, asked.logprobs or 0, scored), opening
 
@@ -52,6 +56,9 @@ def check_name(wanted: str | None, model: Model) -> None:
 
 def _check(asked: Parameters, model: Model) -> None:
     check_name(asked.model, model)
+    if model.kind == "embedding":
+        message = f"{model.name!r} is a sentence encoder: it gives vectors and writes no text. Use /v1/embeddings"
+        raise ApiError(400, message, param="model", code="model_not_supported")
     if asked.best_of is not None and asked.best_of != asked.n:
         raise ApiError(400, "`best_of` other than `n` is not supported", param="best_of", code="unsupported_parameter")
     if asked.stream_options is not None and not asked.stream:
@@ -102,7 +109,7 @@ def _room(used: int, wanted: int | None, model: Model, param: str, spare: int = 
     if wanted is not None and wanted > model.max_length:
         message = f"`max_tokens` is {wanted:,}; the model's context is {model.max_length:,} tokens"
         raise ApiError(400, message, param="max_tokens", code="invalid_value")
-    left = model.max_length - used
+    left = model.max_length - taken(model.writer, used, model.max_length)
     if left < spare:
         context = f"the model's context is {model.max_length:,} tokens"
         message = f"the prompt has {used:,} tokens; {context}, and an answer needs room"
@@ -137,31 +144,31 @@ def _prompts(
     return [Prompt(prompt, sampling(room, answer), scored) for prompt, room in rows for answer in range(asked.n)]
 
 
-def _texts(prompt: Any, vocab_size: int, n: int) -> list[str | list[int]]:
-    """The prompts of a completion: a string, a list of strings, a list of ids, or a list of lists of ids.
+def texts(given: Any, param: str, vocab_size: int, most: int) -> list[str | list[int]]:
+    """What `prompt` or `input` holds: a string, a list of strings, a list of ids, or a list of lists of ids.
 
     Raises:
-        ApiError: 400 for anything else, too many of them, or an id outside the vocabulary.
+        ApiError: 400 for anything else, more than `most` of them, or an id outside the vocabulary.
     """
 
     def wrong(message: str) -> ApiError:
-        return ApiError(400, message, param="prompt", code="invalid_value")
+        return ApiError(400, message, param=param, code="invalid_value")
 
-    if isinstance(prompt, str):
-        found: list[Any] = [prompt]
-    elif isinstance(prompt, list) and prompt and type(prompt[0]) is int:
-        found = [prompt]
-    elif isinstance(prompt, list) and prompt:
-        found = prompt
+    if isinstance(given, str):
+        found: list[Any] = [given]
+    elif isinstance(given, list) and given and type(given[0]) is int:
+        found = [given]
+    elif isinstance(given, list) and given:
+        found = given
     else:
-        raise wrong("`prompt` is a string, a list of strings, a list of token ids or a list of lists of token ids")
-    if len(found) * n > limits.MAX_SEQUENCES:
-        raise wrong(f"{len(found)} prompts times n = {n} is over the limit of {limits.MAX_SEQUENCES} answers a request")
+        raise wrong(f"`{param}` is a string, a list of strings, a list of token ids or a list of lists of token ids")
+    if len(found) > most:
+        raise wrong(f"`{param}` has {len(found):,} items; this request may have {most:,} at most")
     for item in found:
         if isinstance(item, str) != isinstance(found[0], str) or not isinstance(item, (str, list)):
-            raise wrong("the items of `prompt` are all strings or all lists of token ids")
+            raise wrong(f"the items of `{param}` are all strings or all lists of token ids")
         if isinstance(item, list):
-            check_ids(item, vocab_size, "prompt")
+            check_ids(item, vocab_size, param)
     return found
 
 

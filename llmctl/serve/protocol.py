@@ -127,6 +127,17 @@ class ChatRequest(Parameters):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
+class EmbeddingRequest(BaseModel):
+    """POST /v1/embeddings; `truncate_prompt_tokens` is vLLM's, -1 for as many as the model reads."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    model: str | None = None
+    input: Any
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+
+
 class TokenizeRequest(BaseModel):
     """POST /tokenize."""
 

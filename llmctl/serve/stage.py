@@ -21,6 +21,7 @@ from llmctl.artifact import Artifact
 from llmctl.device import Device
 from llmctl.errors import RunError, UsageError
 from llmctl.inference.engine import Engine
+from llmctl.inference.runners import TorchRunner
 from llmctl.serve import api, limits
 from llmctl.serve import model as models
 from llmctl.serve.guard import is_loopback
@@ -52,11 +53,14 @@ def serve(
             device,
             name=settings.served_model_name or name,
             runtime=settings.runtime,
+            dtype=settings.dtype,
             max_model_len=settings.max_model_len,
         )
         engine = Engine(model.runner, model.tokenizer, slots=limits.SLOTS, max_waiting=limits.MAX_WAITING)
         with signals() as stop:
             service.ready(model, engine)
+            if isinstance(model.runner, TorchRunner):
+                console.note(f"torch computes in {model.runner.dtype}: {device.dtype(settings.dtype)[1]} (serve.dtype)")
             announce(model, device, base, bool(settings.api_key))
             code = run(command, base, settings.api_key, stop) if command else wait(stop, server)
             service.stopping = True
@@ -99,10 +103,12 @@ def url(host: str, port: int) -> str:
 
 def announce(model: models.Model, device: Device, base: str, key: bool) -> None:
     """Says where it is and what it is."""
-    kind = "chat model" if model.template is not None else "base model: it continues text (no chat)"
-    console.say(
-        f"{model.name} · {model.runtime}, {device.describe()} · {model.max_length:,} tokens of context · {kind}"
-    )
+    kinds = {
+        "chat": "tokens of context · chat model",
+        "base": "tokens of context · base model: it continues text (no chat)",
+        "embedding": "tokens a text · sentence encoder: vectors at /v1/embeddings",
+    }
+    console.say(f"{model.name} · {model.runtime}, {device.describe()} · {model.max_length:,} {kinds[model.kind]}")
     console.say(f"   {base}/     the page" + ("; it asks for a password: the API key (any user name)" if key else ""))
     console.say(f"   {base}/v1   OpenAI's API, model {model.name!r}" + ("; the API key is needed" if key else ""))
     console.event("ready", url=base, model=model.name)

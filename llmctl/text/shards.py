@@ -2,6 +2,7 @@
 
     index.json       {"dtype", "vocab_size", "bos", "eos", "splits": {split: {"tokens", "documents", "bytes", "shards"}}
     train-00000.bin  little-endian uint16 (uint32 above 65,536 pieces): a document is `<s> ids </s>`
+                     (or other marks, as the tokenizer has them: text/tokenizer.py says who adds what)
 
 Shards are memory-mapped: a corpus of any size costs no memory. B batch, T max_seq_length.
 """
@@ -153,7 +154,7 @@ class Shards:
                 start = int(end) + 1
 
     def text(self, tokenizer: Tokenizer) -> Bytes:
-        """The split's text in UTF-8, one document after the other: decoding gives back what was encoded."""
+        """The split's text in UTF-8, one document after the other, as far as the tokenizer gives back what it read."""
         return b"".join(tokenizer.decode(ids.tolist()).encode() for ids in self.documents_ids())
 
 

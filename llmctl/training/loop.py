@@ -2,8 +2,6 @@
 events.
 """
 
-# B batch, T time
-
 from __future__ import annotations
 
 import contextlib
@@ -15,29 +13,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import nn
 from torch.optim import Optimizer
 
 from llmctl import console
 from llmctl.errors import RunError
-from llmctl.model.transformer import Decoder
 from llmctl.training import optim
-from llmctl.training.objectives import IGNORED
+from llmctl.training.batch import Batch
+from llmctl.training.objectives import Loss
 
-Loss = Callable[[Decoder, Tensor, Tensor], Tensor]
 BAD_STEPS = 20  # this many steps with a NaN or Inf in a row are no accident
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The sequences of one optimiser step, and where the loader stands after them."""
-
-    ids: npt.NDArray[np.int64]  # (B, T)
-    labels: npt.NDArray[np.int64]  # (B, T), IGNORED where nothing is supervised
-    position: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +49,7 @@ class Step:
 
 
 def train(
-    model: Decoder,
+    model: nn.Module,
     optimizers: Sequence[Optimizer],
     batches: Iterable[Batch],
     loss: Loss,
@@ -78,9 +64,8 @@ def train(
     """Trains for `steps` (0-based) and yields each when it is finished.
 
     When `stop()` turns true it ends at the next micro-batch: the gradients of the step at hand are dropped and the
-    random
-    state is as it was before it, so that going on from the last finished step is bitwise what an uninterrupted run
-    does.
+    random state is as it was before it, so that going on from the last finished step is bitwise what an uninterrupted
+    run does.
 
     Raises:
         RunError: BAD_STEPS steps in a row had a loss or gradient that is no number.
@@ -95,20 +80,20 @@ def train(
             return
         batch = next(source)
         random_state = torch.get_rng_state()
-        supervised = int((batch.labels != IGNORED).sum())
+        supervised = batch.supervised
         optim.set_rate(optimizers, rate(number))
         # ------------------------------------------------------------------------------------- a single training step
         total = torch.zeros((), device=device, dtype=torch.float64)
-        for first in range(0, len(batch.ids), micro_batch):
+        for first in range(0, len(batch), micro_batch):
             if stop():
                 torch.set_rng_state(random_state)
                 for optimizer in optimizers:
                     optimizer.zero_grad(set_to_none=True)
                 return
-            ids = torch.from_numpy(batch.ids[first : first + micro_batch]).to(device)
-            labels = torch.from_numpy(batch.labels[first : first + micro_batch]).to(device)
+            rows = batch.rows(first, micro_batch)
+            tensors = [torch.from_numpy(part).to(device) for part in (*rows.inputs, rows.labels)]
             with precision(device, autocast):
-                part = loss(model, ids, labels)
+                part = loss(model, *tensors)
             (part / supervised).backward()  # type: ignore[no-untyped-call]
             total += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
@@ -128,7 +113,7 @@ def train(
             )
         lr = optimizers[0].param_groups[0]["lr"]
         yield Step(
-            number + 1, mean, gradient_norm, lr, batch.ids.size, time.perf_counter() - start, batch.position, skipped
+            number + 1, mean, gradient_norm, lr, batch.tokens, time.perf_counter() - start, batch.position, skipped
         )
 
 
@@ -137,7 +122,9 @@ def precision(device: torch.device, autocast: bool) -> contextlib.AbstractContex
     return torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
 
 
-def compiled(loss: Loss, wanted: str | bool, flops: float, device: torch.device) -> tuple[Loss, bool, str]:
+def compiled(
+    loss: Loss, wanted: str | bool, flops: float, device: torch.device, kind: str = "decoder"
+) -> tuple[Loss, bool, str]:
     """The loss, compiled where that pays: (loss, whether it is, why).
 
     "auto" compiles when the run is longer than about two minutes would take eagerly on this kind of device: a first
@@ -150,6 +137,8 @@ def compiled(loss: Loss, wanted: str | bool, flops: float, device: torch.device)
     worth = 120 * (EAGER_FLOPS_CPU if device.type == "cpu" else EAGER_FLOPS_CUDA)
     if wanted == "auto" and flops < worth:
         return loss, False, "eager: too short a run for compiling to pay"
+    if wanted == "auto" and kind == "recurrent":
+        return loss, False, "eager: torch's LSTM is one kernel, which compiling leaves as it is"
     return torch.compile(loss, dynamic=False), True, "torch.compile"
 
 
@@ -163,12 +152,16 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
 
-def live_text(step: Step, steps: int, bits: float | None) -> str:
-    """The live line: what a person watching wants to know."""
-    quality = f" · {bits:.3f} bits/byte" if bits is not None else ""
+def live_text(step: Step, steps: int, quality: str) -> str:
+    """The live line: what a person watching wants to know; `quality` is what the last validation found."""
     speed = step.tokens_per_second
     rate = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
-    return (
-        f"step {step.number:,}/{steps:,} · loss {step.loss:.3f}{quality} · lr {step.learning_rate:.2g} · {rate} tok/s"
-        f" · {console.size(peak_memory())}"
-    )
+    parts = [
+        f"step {step.number:,}/{steps:,}",
+        f"loss {step.loss:.3f}",
+        *([quality] if quality else []),
+        f"lr {step.learning_rate:.2g}",
+        f"{rate} tok/s",
+        console.size(peak_memory()),
+    ]
+    return " · ".join(parts)

@@ -47,7 +47,8 @@ def build(
 
 
 def _is_embedding(name: str) -> bool:
-    return "embed_tokens" in name or "lm_head" in name
+    """Whether rows are looked up or stand for pieces: of tokens, positions, token types and distances, and heads."""
+    return any(part in name for part in ("embed_", "relative_bias", "lm_head", "head.decoder"))
 
 
 def set_rate(optimizers: Sequence[Optimizer], factor: float) -> None:

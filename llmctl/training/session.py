@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from llmctl import console
 from llmctl.artifact import Job, stoppable, write_json
 from llmctl.errors import Interrupted, TimeUp
-from llmctl.model.transformer import Decoder
 from llmctl.recipe import TrainingSection
 from llmctl.training import checkpoint, journal, loop
 from llmctl.training.checkpoint import State
-from llmctl.training.loop import Loss, Step
+from llmctl.training.loop import Step
+from llmctl.training.objectives import Loss
 
 LOGS = (METRICS, SAMPLES) = ("metrics.jsonl", "samples.jsonl")
 SMOOTHING = 0.98  # of the training loss that is reported: a mean over about fifty steps
@@ -46,9 +47,19 @@ class Choices:
     def autocast(self) -> bool:
         return self.dtype == "bf16"
 
+    @property
+    def opening(self) -> str:
+        """What to say before the first step, where it is long in coming."""
+        return "compiling: the first step takes up to a minute" if self.compiled else ""
 
-def choose(job: Job, section: TrainingSection, loss: Loss, flops: float, micro_batch: int) -> tuple[Choices, Loss]:
-    """The choices of this run, old ones where it was begun before, and the loss, compiled or not."""
+
+def choose(
+    job: Job, section: TrainingSection, loss: Loss, flops: float, micro_batch: int, *, kind: str = "decoder"
+) -> tuple[Choices, Loss]:
+    """The choices of this run, old ones where it was begun before, and the loss, compiled or not.
+
+    `kind` is the model's, see `model.config`.
+    """
     path = job.work / "choices.json"
     dtype, why = job.device.dtype(section.dtype)
     if (choices := _kept(path)) is not None:
@@ -58,9 +69,9 @@ def choose(job: Job, section: TrainingSection, loss: Loss, flops: float, micro_b
             console.warn(f"micro_batch_size {choices.micro_batch} -> {micro_batch}: it goes on, but not bitwise")
             choices = dataclasses.replace(choices, micro_batch=micro_batch)
         wanted = choices.compiled if section.compile == "auto" else section.compile
-        ready, _, _ = loop.compiled(loss, wanted, flops, job.device.torch)
+        ready, _, _ = loop.compiled(loss, wanted, flops, job.device.torch, kind)
     else:
-        ready, is_compiled, reason = loop.compiled(loss, section.compile, flops, job.device.torch)
+        ready, is_compiled, reason = loop.compiled(loss, section.compile, flops, job.device.torch, kind)
         choices = Choices(
             dtype, why, is_compiled, reason, job.device.threads, micro_batch, tuple(sorted(job.device.isa))
         )
@@ -85,7 +96,7 @@ def _kept(path: Path) -> Choices | None:
         return None
 
 
-def resume(job: Job, seed: int, model: Decoder, optimizers: Sequence[Optimizer], steps: int) -> State:
+def resume(job: Job, seed: int, model: nn.Module, optimizers: Sequence[Optimizer], steps: int) -> State:
     """The state of the newest whole checkpoint, loaded into the model, else a fresh one. Logs are rewound to it."""
     torch.manual_seed(seed)
     begun = bool(checkpoint.checkpoints(job.work))

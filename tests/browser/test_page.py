@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llmctl.serve.model import Model
+from llmctl import device
+from llmctl.serve.model import Model, load
 from tests.browser.conftest import Browser
+from tests.inference.encoders import write
 from tests.serve.conftest import running, until, watched
 
 ANSWERED = "document.querySelectorAll('article.assistant .note').length"
@@ -116,6 +118,17 @@ def test_a_base_model_continues_and_says_what_it_is(browser: Browser, base_model
         browser.until(f"{ANSWERED} === 1")
         assert browser.run(LAST) == " on the mat and looked at the moon. Then it slept until morning.\n"
         keep(browser, "base", tmp_path)
+
+
+def test_a_sentence_encoder_says_what_it_is_and_asks_for_nothing(browser: Browser, tmp_path: Path) -> None:
+    write(tmp_path / "tiny", "bert")
+    with running(load(tmp_path / "tiny", device.pick("cpu"))) as server:
+        browser.open(server.url + "/")
+        browser.until("document.getElementById('kind').textContent.startsWith('sentence encoder')")
+        assert "/v1/embeddings" in browser.run("document.getElementById('empty').textContent")
+        assert browser.run("['form', 'fresh', 'toggle'].every((id) => document.getElementById(id).hidden)")
+        assert browser.complaints() == []
+        keep(browser, "encoder", tmp_path)
 
 
 def test_the_page_behind_a_key(browser: Browser, chat_model: Model) -> None:

@@ -294,13 +294,14 @@ hf.load = lambda folder, *a, **k: load(Path("runs/t/pretrain") if folder.name ==
     assert "exactly the same loss" not in plain.out
 
 
-def test_nothing_to_score_on(finished: Project) -> None:
+def test_a_model_of_which_nothing_was_said_reads_a_built_in_text(finished: Project) -> None:
     shutil.copytree(
         finished.run / "finetune", finished.path / "hub", ignore=shutil.ignore_patterns("artifact.json", "*.jsonl")
     )
     done = finished.llmctl("eval", "hub", "--json")
-    assert done.code == 3
-    assert "nothing to score on" in done.json["error"]["message"]
+    assert done.code == 0, done.err
+    assert "scored on the beginning of builtin:python-stdlib" in done.err
+    built_in = done.json["metrics"]["val_loss"]
     done = finished.llmctl("eval", "hub", "--set", "eval.text=text", "--json")
     assert done.code == 0, done.err
-    assert done.json["metrics"]["val_loss"] > 0
+    assert 0 < done.json["metrics"]["val_loss"] != built_in > 0

@@ -14,6 +14,7 @@ from llmctl.device import Device
 from llmctl.export import genai, graph, hf
 from llmctl.model import hf as models
 from llmctl.model.config import Config
+from llmctl.model.families import FAMILIES
 from llmctl.model.transformer import Decoder
 from llmctl.recipe import Recipe
 from llmctl.text import tokenizer as tokenizers
@@ -46,7 +47,8 @@ def shaped(tokenizer: Tokenizer) -> Callable[..., Config]:
         }
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 320}
         ids = {"bos_token_id": 1, "eos_token_id": (6, 2), "pad_token_id": 3}
-        return Config(family, **{**sizes, **heads, **ids, **changes})
+        switches = {**FAMILIES[family].switches, **sizes, **heads, **ids, **changes}
+        return Config(family, **switches)
 
     return make
 

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,20 +37,30 @@ PROGRAM = """
 @pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime_genai") is None, reason="needs the package onnxruntime-genai (make dev)"
 )
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("qwen3", {}),
+        ("qwen2", {}),
+        ("gemma3", {"sliding_window": 8, "layer_types": ("sliding_attention", "full_attention")}),
+        ("gpt2", {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8}),
+    ],
+)
 def test_genai_gives_the_same_greedy_ids(
     family: str,
+    changes: dict[str, Any],
     shaped: Callable[..., Config],
     saved: Callable[..., Path],
     exported: Callable[[Path], Path],
 ) -> None:
-    model = saved(shaped(family, eos_token_id=()))
+    model = saved(shaped(family, eos_token_id=(), **changes))
     prompt = np.random.default_rng(3).integers(10, 290, 7).tolist()
     expected = greedy(model, prompt, 120, ends=())
     assert run(exported(model), prompt, 120) == expected
 
     stop = expected[40]  # a chat model has several ends of a turn: any of them ends this one
-    ended = saved(shaped(family, eos_token_id=(2, stop)), "chat")
+    ended = saved(shaped(family, eos_token_id=(2, stop), **changes), "chat")
     expected = greedy(ended, prompt, 120, ends=(2, stop))
     assert run(exported(ended), prompt, 120) == expected[:-1]  # genai keeps the end to itself
     assert len(expected) < 120
@@ -80,7 +91,7 @@ def test_the_generation_config_names_the_ends(shaped: Callable[..., Config]) -> 
     assert genai.config(config, {})["model"]["eos_token_id"] == [2]
     made = genai.config(config, {"eos_token_id": [6, 2], "bos_token_id": 1})
     assert made["model"]["eos_token_id"] == [6, 2]
-    assert made["model"]["type"] == "qwen3"
+    assert made["model"]["type"] == "decoder"
     assert made["model"]["decoder"]["num_key_value_heads"] == 2
     assert made["search"]["past_present_share_buffer"] is True
     assert genai.config(shaped("llama", eos_token_id=None, pad_token_id=None), {})["model"]["pad_token_id"] == 0

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,19 +21,38 @@ from transformers import AutoModelForCausalLM
 
 from llmctl.device import Device
 from llmctl.errors import DataError
-from llmctl.export import graph, parity
+from llmctl.export import builder, graph, parity
 from llmctl.inference.onnx_runner import OnnxRunner
 from llmctl.model import hf
-from llmctl.model.config import Config, RopeScaling
+from llmctl.model.config import FULL, SLIDING, Config, RopeScaling
 from llmctl.model.transformer import Decoder
 
 SHAPES = {
     "llama, grouped heads, untied": ("llama", {"tie_word_embeddings": False}),
-    "llama, one key head, biases": ("llama", {"num_key_value_heads": 1, "attention_bias": True}),
+    "llama, one key head, biases": (
+        "llama",
+        {"num_key_value_heads": 1, "attention_bias": True, "attention_output_bias": True},
+    ),
     "llama, heads of 8, which GroupQueryAttention does not rotate": ("llama", {"head_dim": 8}),
     "llama 3.1's rotary scaling": ("llama", {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 32)}),
     "qwen3, tied": ("qwen3", {}),
-    "qwen3, heads of 24, other theta and epsilon": ("qwen3", {"head_dim": 24, "rope_theta": 1e6, "rms_norm_eps": 1e-3}),
+    "qwen3, heads of 24, other theta and epsilon": ("qwen3", {"head_dim": 24, "rope_theta": 1e6, "norm_eps": 1e-3}),
+}
+# Every switch that the other families turn: windows of 8 in texts of 40, a window's and a full layer, both orders.
+WINDOWS = {"sliding_window": 8, "layer_types": (SLIDING, FULL), "rope_local_theta": 500.0}
+GEMMA = WINDOWS | {"attention_scale": 10**-0.5, "embedding_scale": 48**0.5, "rope_theta": 1e6}
+SHAPES |= {
+    "qwen2, biases of q, k and v alone": ("qwen2", {}),
+    "mistral, every layer a window": ("mistral", {"sliding_window": 5, "layer_types": (SLIDING, SLIDING)}),
+    "qwen3, half of the layers windows": ("qwen3", {"sliding_window": 8, "layer_types": (FULL, SLIDING)}),
+    "gemma3": ("gemma3", GEMMA),
+    "gemma3, heads of 8, capped, untied": (
+        "gemma3",
+        GEMMA | {"head_dim": 8, "tie_word_embeddings": False, "final_logit_softcapping": 3.0},
+    ),
+    "gpt2": ("gpt2", {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8}),
+    "llama, biased MLP, GELU": ("llama", {"mlp_bias": True, "hidden_act": "gelu"}),
+    "llama with YaRN": ("llama", {"rope_scaling": RopeScaling("yarn", 4.0, original_max_position_embeddings=80)}),
 }
 Shaped = Callable[..., Config]
 Saved = Callable[..., Path]
@@ -80,6 +100,56 @@ def test_logits_equal_transformers(name: str, shaped: Shaped, saved: Saved, expo
     one = Growing(folder, config, 1)
     for start, end in ((0, 1), (1, 2), (2, 13), (13, 40)):  # past 0, 1 and N, and chunks
         np.testing.assert_allclose(one(ids[:1, start:end]), expected[:1, start:end], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"partial_rotary_factor": 0.5},
+        {"hidden_act": "relu2", "gated": False},
+        {"attn_logit_softcapping": 0.7},
+        {"norm_place": "both"},
+        {"positions": "none"},
+    ],
+    ids=str,
+)
+def test_switches_that_no_family_here_turns(
+    changes: dict[str, Any], shaped: Shaped, saved: Saved, tmp_path: Path
+) -> None:
+    """Against the torch model, which tests/parity holds against transformers."""
+    config = shaped("llama", **changes)
+    model, folder = tmp_path / "plain", tmp_path / "onnx"
+    for path in (model, folder):
+        path.mkdir()
+    decoder = Decoder.random(config, 0).eval()
+    with torch.no_grad():
+        for tensor in decoder.parameters():
+            tensor.mul_(8.0 if tensor.ndim > 1 else 1.2)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, 20))
+    with torch.inference_mode():
+        expected = decoder(torch.from_numpy(ids)).numpy()
+    hf.save(decoder, tmp_path, model)
+    graph.write(model, folder, config, {})
+    one = Growing(folder, config, 1)
+    for start, end in ((0, 7), (7, 8), (8, 20)):
+        np.testing.assert_allclose(one(ids[:, start:end]), expected[:, start:end], atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"head_dim": 12}, "head_dim = 12"),
+        ({"norm_place": "post"}, "norm_place = post"),
+        ({"rope_scaling": RopeScaling("dynamic", 2.0)}, "rope_scaling = dynamic"),
+        ({"positions": "relative"}, "positions = relative"),
+        ({"kind": "encoder", "task": "masked-lm"}, "kind = encoder"),
+    ],
+    ids=str,
+)
+def test_a_switch_without_a_node_is_named(changes: dict[str, Any], named: str, shaped: Shaped, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"{named}: the ONNX graph has no nodes for that yet"):
+        graph.write(tmp_path, tmp_path, shaped("llama", **changes), {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_padding_on_the_right_changes_nothing(shaped: Shaped, saved: Saved, exported: Exported) -> None:
@@ -153,8 +223,11 @@ def test_half_precision_weights_are_exported_exactly(
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda state: state.pop("model.norm.weight"), r"model\.norm\.weight is missing"),
-        (lambda state: state.update({"model.norm.weight": torch.ones(47)}), r"\[47\]; config\.json asks for \[48\]"),
+        (lambda state: state.pop("model.norm.weight"), r"missing model\.norm\.weight"),
+        (
+            lambda state: state.update({"model.norm.weight": torch.ones(47)}),
+            r"model\.norm\.weight is \[47\], not \[48\]",
+        ),
         (lambda state: state.update({"model.layers.0.mlp.up_proj.bias": torch.ones(80)}), r"up_proj\.bias"),
         (lambda state: state.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}), "stored as I8"),
     ],
@@ -201,7 +274,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, shaped: Shaped) -> 
     command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "model"), str(folder)]
     shots, grown = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     assert shots > 10
-    assert (folder / graph.WEIGHTS).stat().st_size > 90e6
+    assert (folder / builder.WEIGHTS).stat().st_size > 90e6
     assert grown < 25e6  # measured 15 MB for 97 MB, in a buffer of 4 and imports
 
 

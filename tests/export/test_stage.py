@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from torch import Tensor
 
 from llmctl.artifact import Artifact, Job
 from llmctl.errors import DataError, GateError, RunError
-from llmctl.export import graph, hf, stage
+from llmctl.export import builder, graph, hf, stage
+from llmctl.export.builder import Graph
 from llmctl.inference.onnx_runner import OnnxRunner
+from llmctl.model import rotary
 from llmctl.model.config import Config
 from llmctl.text.shards import Writer
 from llmctl.text.tokenizer import Tokenizer
@@ -78,7 +81,7 @@ def test_an_export_holds_all_that_serving_needs(
     assert artifact.metrics["parity_error"] == report["error"] < 1e-5
     assert artifact.metrics["greedy_equal"] == artifact.metrics["greedy_tokens"] == 256
     assert artifact.metrics["bytes"] == sum(
-        (artifact.path / name).stat().st_size for name in (graph.GRAPH, graph.WEIGHTS)
+        (artifact.path / name).stat().st_size for name in (builder.GRAPH, builder.WEIGHTS)
     )
     assert artifact.manifest["files"]["parity.json"]["log"]  # two equal runs make one identity
     properties = {item.key: item.value for item in onnx.load(artifact.path / "model.onnx").metadata_props}
@@ -119,12 +122,13 @@ def test_data_that_was_made_anew_is_not_the_lineage(model: Artifact, data: Artif
 
 def test_a_wrong_graph_is_not_published(model: Artifact, job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     before = stage.export(job(model))
-    angles = graph.rotary_angles
 
-    def wrong(config: Config) -> Tensor:
-        return angles(config) * 1.01  # a rotary base that is a little off: fluent, and wrong
+    def wrong(g: Graph, name: str, *, local: bool) -> tuple[str, str]:
+        config = replace(g.config, rope_theta=1.2 * g.config.rope_theta)  # a little off: fluent, and wrong
+        cos, sin = rotary.table(config, config.max_position_embeddings, local=local)
+        return g.table(f"{name}.cos", cos.numpy()), g.table(f"{name}.sin", sin.numpy())
 
-    monkeypatch.setattr(graph, "rotary_angles", wrong)
+    monkeypatch.setattr(graph, "rotation", wrong)
     failing = job(model)
     with pytest.raises(GateError, match="the exported graph is not the model") as caught:
         stage.export(failing)
@@ -134,6 +138,30 @@ def test_a_wrong_graph_is_not_published(model: Artifact, job: MakeJob, monkeypat
     assert Artifact.open(before.path).identity == before.identity  # the last good one is whole
     before.verify()
     assert [path.name for path in before.path.parent.iterdir()] == ["onnx-ort"]
+
+
+WINDOWS = {"sliding_window": 8, "layer_types": ("sliding_attention", "full_attention"), "rope_local_theta": 500.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2", {}),
+        ("mistral", {"sliding_window": 5, "layer_types": ("sliding_attention",) * 2}),
+        ("gemma3", WINDOWS | {"attention_scale": 10**-0.5, "embedding_scale": 48**0.5}),
+        ("gpt2", {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8}),
+    ],
+)
+def test_every_decoder_passes_the_gate(
+    family: str, changes: dict[str, Any], publish: Publish, shaped: Shaped, saved: Saved, job: MakeJob
+) -> None:
+    """However tokens arrive: chunks behind a past longer than a window, rows padded by different amounts."""
+    folder = saved(shaped(family, **changes))
+    model = publish("pretrain", "model", lambda to: shutil.copytree(folder, to, dirs_exist_ok=True))
+    artifact = stage.export(job(model))
+    report = json.loads((artifact.path / "parity.json").read_text())
+    assert report["error"] < 2e-5
+    assert report["greedy"]["equal"] == report["greedy"]["tokens"]
 
 
 def test_two_exports_of_one_model_are_one_identity(model: Artifact, job: MakeJob) -> None:
@@ -149,7 +177,7 @@ def test_a_config_that_llmctl_does_not_build_is_refused_by_name(
     def fill(to: Path) -> None:
         shutil.copytree(folder, to, dirs_exist_ok=True)
 
-    for key, value in (("use_sliding_window", True), ("hidden_act", "gelu"), ("mlp_bias", True)):
+    for key, value in (("hidden_act", "mish"), ("quantization_config", {"bits": 4})):
         (folder / "config.json").write_text(json.dumps({**stated, key: value}))
         artifact = publish("import", "model", fill)
         for variant in ("onnx-ort", "hf"):
@@ -162,7 +190,7 @@ def test_hf_publishes_a_folder_that_transformers_loads(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    (model.path / "README.md").write_text("---\nlicense: mit\n---\n# A model brought in\n")
+    model = Artifact(model.path, {**model.manifest, "sources": {"hub/base": {"sha256": "", "licence": "mit"}}})
     artifact = stage.export(job(model, "hf"))
     assert artifact.place == "export/finetune/hf"
     ids = torch.arange(20)[None]

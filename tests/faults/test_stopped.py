@@ -14,15 +14,15 @@ from tests.project import Project
 # A training in which each step waits to be told apart: the test signals in the middle of one.
 SLOW = """
 import time, llmctl.training.objectives as o, llmctl.training.loop as loop
-causal, calls = o.causal, 0
+loss, calls = o.loss, 0
 def slow(*args):
     global calls
     calls += 1
     if calls == {at}:
         print('in the middle', flush=True)
         time.sleep({seconds})
-    return causal(*args)
-o.causal = slow
+    return loss(*args)
+o.loss = slow
 """
 
 
@@ -132,8 +132,8 @@ def test_out_of_time_is_try_again(fresh: Project, finished: Project) -> None:
     codes = []
     for _ in range(20):
         slow = (
-            "import time, llmctl.training.objectives as o\ncausal = o.causal\n"
-            "o.causal = lambda *a: (time.sleep(0.3), causal(*a))[1]"
+            "import time, llmctl.training.objectives as o\nloss = o.loss\n"
+            "o.loss = lambda *a: (time.sleep(0.3), loss(*a))[1]"
         )
         done = fresh.llmctl("pretrain", "t.toml", "--max-time", "2.5s", "--json", before=slow)
         codes.append(done.code)
@@ -150,12 +150,12 @@ def test_a_nan_on_the_way_is_counted_and_told(fresh: Project) -> None:
     """Fault 11, through the command line: the figures stay numbers."""
     nan = """
 import llmctl.training.objectives as o
-causal, calls = o.causal, 0
+loss, calls = o.loss, 0
 def sometimes(*args):
     global calls
     calls += 1
-    return causal(*args) * (float("nan") if calls in (1, 5) else 1)
-o.causal = sometimes
+    return loss(*args) * (float("nan") if calls in (1, 5) else 1)
+o.loss = sometimes
 """
     done = fresh.llmctl("pretrain", "t.toml", "--events", "events.jsonl", before=nan)
     assert done.code == 0, done.err
@@ -170,7 +170,7 @@ o.causal = sometimes
 
 def test_nothing_but_nan_stops_the_training(fresh: Project) -> None:
     fresh.edit("max_steps = 12", "max_steps = 40")
-    nan = "import llmctl.training.objectives as o\ncausal = o.causal\no.causal = lambda *a: causal(*a) * float('inf')"
+    nan = "import llmctl.training.objectives as o\nloss = o.loss\no.loss = lambda *a: loss(*a) * float('inf')"
     done = fresh.llmctl("pretrain", "t.toml", "--json", before=nan)
     assert done.code == 4
     assert "no number for 20 steps in a row" in done.json["error"]["message"]

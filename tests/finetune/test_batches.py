@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmctl.finetune.batches import MULTIPLE, Example, batches, collate
-from llmctl.training.objectives import IGNORED
+from llmctl.training.batch import IGNORED
 
 PAD = 3
 
@@ -19,9 +19,9 @@ def example(length: int, first: int = 10) -> Example:
 
 def test_labels_are_what_follows_and_only_where_supervised() -> None:
     batch = collate([Example((1, 5, 7, 8, 6), (False, False, False, True, True))], PAD, 64)
-    assert batch.ids[0, :4].tolist() == [1, 5, 7, 8]
+    assert batch.inputs[0][0, :4].tolist() == [1, 5, 7, 8]
     assert batch.labels[0, :4].tolist() == [IGNORED, IGNORED, 8, 6]
-    assert set(batch.ids[0, 4:].tolist()) == {PAD}
+    assert set(batch.inputs[0][0, 4:].tolist()) == {PAD}
     assert set(batch.labels[0, 4:].tolist()) == {IGNORED}
 
 
@@ -36,8 +36,8 @@ def test_padding_is_masked_by_position_not_by_id() -> None:
 @pytest.mark.parametrize(("longest", "length", "width"), [(10, 512, 64), (65, 512, 64), (66, 512, 128), (90, 100, 100)])
 def test_rows_are_as_wide_as_needed_and_never_wider_than_the_context(longest: int, length: int, width: int) -> None:
     batch = collate([example(longest), example(5)], PAD, length)
-    assert batch.ids.shape == batch.labels.shape == (2, width)
-    assert batch.ids.dtype == np.int64
+    assert batch.inputs[0].shape == batch.labels.shape == (2, width)
+    assert batch.inputs[0].dtype == np.int64
     assert MULTIPLE == 64
 
 
@@ -45,7 +45,7 @@ def test_every_epoch_has_each_conversation_once() -> None:
     examples = [example(5 + index % 7, first=100 * index) for index in range(24)]
     stream = batches(examples, size=4, seed=1, pad_id=PAD, length=64)
     for _ in range(3):
-        firsts = [row[0] for batch in itertools.islice(stream, 6) for row in batch.ids.tolist()]
+        firsts = [row[0] for batch in itertools.islice(stream, 6) for row in batch.inputs[0].tolist()]
         assert sorted(firsts) == [100 * index for index in range(24)]
 
 
@@ -54,7 +54,7 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
 
     def order(seed: int, count: int = 8) -> list[list[int]]:
         stream = batches(examples, size=4, seed=seed, pad_id=PAD, length=64)
-        return [batch.ids[:, 0].tolist() for batch in itertools.islice(stream, count)]
+        return [batch.inputs[0][:, 0].tolist() for batch in itertools.islice(stream, count)]
 
     assert order(1) == order(1)
     assert order(1)[:4] != order(1)[4:]
@@ -68,7 +68,7 @@ def test_going_on_from_any_position_gives_the_next_batches(position: int) -> Non
 
     def stream(at: int) -> list[tuple[list[list[int]], int]]:
         found = batches(examples, size=4, seed=1, pad_id=PAD, length=64, position=at)
-        return [(batch.ids.tolist(), batch.position) for batch in itertools.islice(found, 15 - at)]
+        return [(batch.inputs[0].tolist(), batch.position) for batch in itertools.islice(found, 15 - at)]
 
     assert stream(0)[position:] == stream(position)
 
@@ -77,7 +77,7 @@ def test_fewer_conversations_than_a_batch() -> None:
     stream = batches([example(5), example(6)], size=8, seed=1, pad_id=PAD, length=64)
     found = list(itertools.islice(stream, 3))
     assert [batch.position for batch in found] == [1, 2, 3]
-    assert all(batch.ids.shape == (2, 64) for batch in found)
+    assert all(batch.inputs[0].shape == (2, 64) for batch in found)
 
 
 def test_little_is_padding() -> None:
@@ -86,6 +86,6 @@ def test_little_is_padding() -> None:
     stream = itertools.islice(batches(examples, size=16, seed=1, pad_id=PAD, length=512), 125)
     used = total = 0
     for batch in stream:
-        used += int((batch.ids != PAD).sum())
-        total += batch.ids.size
+        used += int((batch.inputs[0] != PAD).sum())
+        total += batch.inputs[0].size
     assert used / total > 0.85

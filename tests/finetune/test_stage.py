@@ -32,7 +32,7 @@ def test_the_end_of_a_turn_is_supervised_and_the_question_is_not(finished: Proje
     from llmctl.text import chat
     from llmctl.text.chat import ChatTemplate
     from llmctl.text.tokenizer import Tokenizer
-    from llmctl.training.objectives import IGNORED
+    from llmctl.training.batch import IGNORED
 
     folder = finished.run / "finetune"
     tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder)

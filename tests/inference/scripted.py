@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +17,15 @@ class Scripted:
     vocab_size: int = 300
     max_length: int = 200
     eos_ids: tuple[int, ...] = (2,)
+    start_ids: tuple[int, ...] = ()
     calls: list[int] = field(default_factory=list)  # how many tokens each forward got
     prompt: int = 0
+
+    def begin(self, prompt: Sequence[int], new: int) -> tuple[list[int], list[int]]:
+        return [], list(prompt)
+
+    def select(self, cache: list[int], rows: Sequence[int]) -> list[int]:
+        raise NotImplementedError
 
     def new_cache(self, batch: int = 1, max_length: int | None = None) -> list[int]:
         return []

@@ -6,7 +6,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,9 @@ EOS = 2
 class Bigram:
     """A model whose next token depends on the last two: cheap, deterministic, and it needs its cache."""
 
-    vocab_size, max_length, eos_ids = 300, 1500, (EOS,)
+    vocab_size, max_length = 300, 1500
+    eos_ids: tuple[int, ...] = (EOS,)
+    start_ids: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         self.table = np.random.default_rng(0).normal(size=(2, self.vocab_size, self.vocab_size)).astype(np.float32)
@@ -32,6 +34,12 @@ class Bigram:
         self.fails: Callable[[list[int]], bool] = lambda ids: False
         self.steps: list[list[int]] = []
         self.lock = threading.Lock()
+
+    def begin(self, prompt: Sequence[int], new: int) -> tuple[list[int], list[int]]:
+        return [], list(prompt)
+
+    def select(self, cache: list[int], rows: Sequence[int]) -> list[int]:
+        raise NotImplementedError
 
     def new_cache(self, batch: int = 1, max_length: int | None = None) -> list[int]:
         assert batch == 1

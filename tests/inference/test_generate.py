@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmctl.errors import UsageError
-from llmctl.inference.generate import Delta, TextStream, complete, generate, stream
-from llmctl.inference.runners import TorchRunner
+from llmctl import device
+from llmctl.errors import DataError, UsageError
+from llmctl.inference.generate import Delta, TextStream, complete, generate, samples, stream
+from llmctl.inference.runners import TorchRunner, Writer
 from llmctl.inference.sampling import Sampling
+from llmctl.model import hf
 from llmctl.model.transformer import Decoder
 from llmctl.text import tokenizer as tokenizers
 from llmctl.text.tokenizer import Tokenizer
@@ -175,3 +180,50 @@ def test_two_runs_with_a_seed_are_equal_and_two_without_differ(tokenizer: Tokeni
     assert ids(3) == ids(3)
     assert ids(3) != ids(4)
     assert ids(None) != ids(None)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "recurrent", "encoder-decoder"])
+def test_samples_of_one_prompt_are_those_drawn_one_by_one(tokenizer: Tokenizer, kind: str) -> None:
+    """The prompt is read once, and rows leave the batch as they end."""
+    runner = TorchRunner.of(writer(kind, len(tokenizer)))
+    runner.eos_ids = tuple(range(2, 40))  # so many that texts end at many lengths
+    settings = Sampling(temperature=1.0, seed=7, max_tokens=40, stop=("zz",), logprobs=2, repetition_penalty=1.2)
+    found = samples(runner, tokenizer, [50, 60, 70], settings, 8)
+    for i, text in enumerate(found):
+        alone = complete(runner, tokenizer, [50, 60, 70], replace(settings, seed=7 + i))
+        assert (text.ids, text.text, text.finish_reason) == (alone.ids, alone.text, alone.finish_reason)
+        np.testing.assert_allclose(text.logprobs, alone.logprobs, atol=1e-5)
+    assert len({len(text.tokens) for text in found}) > 3
+    assert len({tuple(text.ids) for text in found}) == 8
+    assert [text.tokens for text in samples(runner, tokenizer, [50], replace(settings, max_tokens=0), 2)] == [(), ()]
+
+
+def writer(kind: str, vocab_size: int) -> Writer:
+    """A tiny random model of a kind."""
+    shape = replace(SHAPES["llama"], vocab_size=vocab_size)
+    if kind == "recurrent":
+        shape = replace(shape, family="lstm", kind="recurrent", positions="none")
+    if kind == "encoder-decoder":
+        t5 = {"positions": "relative", "num_decoder_layers": 2, "decoder_start_token_id": 3, "attention_scale": 1.0}
+        shape = replace(shape, family="t5", kind="encoder-decoder", task="seq2seq-lm", **t5)
+    model = hf.random(shape, 0)
+    assert isinstance(model, Writer)
+    return model.eval()
+
+
+def test_an_encoder_reads_the_prompt_and_the_answer_has_the_context_to_itself(tokenizer: Tokenizer) -> None:
+    runner = TorchRunner.of(writer("encoder-decoder", len(tokenizer)))
+    assert (runner.start_ids, runner.max_length) == ((3,), 320)
+    endless = Sampling(0.0, ignore_eos=True)
+    assert len(list(generate(runner, [50] * 300, endless))) == 319
+    with pytest.raises(UsageError, match="321 tokens"):
+        next(generate(runner, [50] * 321, endless))
+    one, other = (complete(runner, tokenizer, [50, at], replace(endless, max_tokens=1)).logprobs for at in (51, 52))
+    assert one != other  # what is said depends on what was read
+
+
+def test_a_model_that_writes_nothing_is_refused(tmp_path: Path) -> None:
+    config = replace(SHAPES["llama"], task="sequence-classification", num_labels=2, pooling="last")
+    hf.save(hf.random(config, 0), tmp_path, tmp_path)
+    with pytest.raises(DataError, match="writes no text"):
+        TorchRunner(tmp_path, device.pick("cpu"))

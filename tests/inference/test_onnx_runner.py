@@ -31,7 +31,7 @@ CPU = Device("cpu", "test", 1, frozenset())
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3 with grouped heads and weights that spread its logits."""
     torch.set_num_threads(1)
-    config = Config("qwen3", 300, 48, 80, 2, 4, 2, 16, max_position_embeddings=160, eos_token_id=(6, 2))
+    config = Config("qwen3", 300, 48, 80, 2, 4, 2, 16, max_position_embeddings=160, qk_norm=True, eos_token_id=(6, 2))
     decoder = Decoder.random(config, seed=0)
     with torch.no_grad():
         for tensor in decoder.parameters():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llmctl.errors import RecipeError
 from llmctl.model import lora
+from llmctl.model.families import FAMILIES
 from llmctl.model.transformer import Decoder
-from tests.shapes import SHAPES
+from tests.shapes import LLAMA, SHAPES
 
 IDS = torch.arange(60).remainder(97).view(2, 30)
 
@@ -61,3 +64,9 @@ def test_the_seed_draws_the_adapter() -> None:
 def test_mistakes_are_named(r: int, targets: tuple[str, ...], named: str) -> None:
     with pytest.raises(RecipeError, match=named):
         lora.apply(Decoder.random(SHAPES["llama"], 0), r=r, alpha=8, targets=targets, seed=0)
+
+
+def test_a_family_that_peft_adapts_otherwise_is_refused() -> None:
+    gpt2 = replace(LLAMA, family="gpt2", **FAMILIES["gpt2"].switches)
+    with pytest.raises(RecipeError, match="gpt2 stores its projections"):
+        lora.apply(Decoder.random(gpt2, 0), r=2, alpha=8, targets=("q_proj",), seed=0)

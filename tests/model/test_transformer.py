@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmctl.model import transformer
-from llmctl.model.config import Config
-from llmctl.model.transformer import Decoder
+from llmctl.model import rotary, sublayers, trunk
+from llmctl.model.config import FULL, SLIDING, Config
+from llmctl.model.sublayers import MLP
+from llmctl.model.transformer import Decoder, Encoder
+from llmctl.model.trunk import TABLE
 from tests.shapes import LLAMA, SHAPES
 
 
@@ -33,12 +35,86 @@ def test_cached_equals_uncached(config: Config, pieces: list[int]) -> None:
 
 
 def test_the_kernel_equals_the_blockwise_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Decoder.random(SHAPES["qwen3 grouped, wide heads, untied"], 1).eval()
-    ids = ids_of(2, 300)
+    """What a GPU runs, and a CPU for long texts, is the same function: causal, with a window, padded, both ways."""
+    shape, ids = SHAPES["qwen3 grouped, wide heads, untied"], ids_of(2, 300)
+    mask = torch.ones(2, 300, dtype=torch.bool)
+    mask[1, 200:] = False
+    window = replace(shape, sliding_window=40, layer_types=(SLIDING, FULL, SLIDING))
+    encoder = replace(window, kind="encoder", task="embedding")
+    models = [Decoder.random(shape, 1), Decoder.random(window, 1), Encoder.random(encoder, 1)]
     with torch.no_grad():
-        blockwise = model(ids)
-        monkeypatch.setattr(transformer, "BLOCKWISE", 0)
-        torch.testing.assert_close(model(ids), blockwise, atol=1e-5, rtol=1e-5)
+        for model in models:
+            model.eval()
+            blockwise = [model.hidden(ids), model.hidden(ids, mask=mask)[mask]]
+            with monkeypatch.context() as patched:
+                patched.setattr(sublayers, "BLOCKWISE", 0)
+                patched.setattr(model.model, "future", model.model.future[:0])
+                patched.setattr(sublayers, "blockwise", None)  # not called any more
+                found = [model.hidden(ids), model.hidden(ids, mask=mask)[mask]]
+            torch.testing.assert_close(found, blockwise, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # FlexAttention warns that it is not compiled here
+def test_flex_attention_is_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs where windows or documents hide most pairs; here uncompiled, and forward only."""
+    window = replace(
+        SHAPES["qwen3 grouped, wide heads, untied"], sliding_window=9, layer_types=(SLIDING, FULL, SLIDING)
+    )
+    capped = replace(window, attn_logit_softcapping=2.0)
+    encoder = replace(window, kind="encoder", task="embedding")
+    ids, mask = ids_of(2, 50), torch.ones(2, 50, dtype=torch.bool)
+    mask[1, 40:] = False
+    documents = (torch.arange(50) // 20).expand(2, 50)
+    for model in (Decoder.random(window, 1), Decoder.random(capped, 1), Encoder.random(encoder, 1)):
+        model.eval()
+        with torch.no_grad():
+            dense = [model.hidden(ids, mask=mask)[mask], model.hidden(ids, documents=documents)]
+            with monkeypatch.context() as patched:
+                patched.setattr(trunk, "FLEX", {"cpu"})
+                found = [model.hidden(ids, mask=mask)[mask], model.hidden(ids, documents=documents)]
+        torch.testing.assert_close(found, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_a_window_hides_what_lies_before_it() -> None:
+    """With one layer, a token's state depends on the last W tokens alone; with a cache as without."""
+    config = replace(LLAMA, num_hidden_layers=1, sliding_window=5, layer_types=(SLIDING,))
+    model, ids = Decoder.random(config, 1).eval(), ids_of(1, 30)
+    changed = ids.clone()
+    changed[:, :20] = 7
+    with torch.no_grad():
+        cache = model.new_cache(1, 40)
+        stepped = torch.cat([model(ids[:, :9], cache), *(model(ids[:, i : i + 1], cache) for i in range(9, 30))], 1)
+        torch.testing.assert_close(stepped, model(ids), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(changed)[:, 24:], model(ids)[:, 24:], atol=1e-5, rtol=1e-5)
+        assert (model(changed)[:, 23] - model(ids)[:, 23]).abs().max() > 1e-3
+
+
+def test_without_positions_order_does_not_matter() -> None:
+    config = replace(LLAMA, positions="none", kind="encoder", task="embedding")
+    model, ids = Encoder.random(config, 1).eval(), ids_of(1, 20)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model.hidden(ids[:, order]), model.hidden(ids)[:, order], atol=1e-5, rtol=1e-5)
+
+
+def test_relu2_is_the_square_of_relu() -> None:
+    mlp = MLP(replace(LLAMA, hidden_act="relu2", gated=False))
+    x = torch.randn(2, 3, LLAMA.hidden_size)
+    expected = (x @ mlp.up_proj.weight.T).clamp(min=0) ** 2 @ mlp.down_proj.weight.T
+    torch.testing.assert_close(mlp(x), expected)
+
+
+def test_rotations_beyond_the_table_are_computed_when_they_come() -> None:
+    """The table of rotations ends at `TABLE` positions; beyond it the angles are the same."""
+    short = Decoder.random(replace(LLAMA, max_position_embeddings=TABLE + 64), 1).eval()
+    ids = ids_of(1, 9)
+    with torch.no_grad():
+        at = torch.arange(TABLE + 2, TABLE + 11)
+        beyond = short.model.ropes(TABLE + 2, 9, None)[FULL]
+        cos, sin = rotary.table(short.config, TABLE + 64)
+        assert torch.equal(beyond.cos[:, 0], cos[at])
+        assert torch.equal(beyond.sin[:, 0], sin[at])
+        assert short(ids).isfinite().all()
 
 
 def test_last_only_is_the_last_row() -> None:

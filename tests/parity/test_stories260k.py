@@ -14,11 +14,12 @@ from llmctl.inference.generate import generate
 from llmctl.inference.runners import TorchRunner
 from llmctl.inference.sampling import Sampling
 from llmctl.model import hf
+from llmctl.model.jsonfile import read_json
 
 
 @pytest.fixture(scope="module")
 def golden(shared_data: Path) -> dict[str, Any]:
-    return hf.read_json(shared_data / "models" / "stories260K" / "golden.json")
+    return read_json(shared_data / "models" / "stories260K" / "golden.json")
 
 
 @pytest.fixture(scope="module")

@@ -132,6 +132,7 @@ def test_a_vocabulary_that_is_not_the_models(finished: Project) -> None:
 
 def test_a_context_longer_than_the_data_of_a_model_from_elsewhere(finished: Project) -> None:
     shutil.copytree(finished.run / "pretrain", finished.path / "base")
+    (finished.path / "base" / "artifact.json").unlink()  # a folder like any other: an artifact must be what was written
     config = finished.path / "base" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 100_000}))
     finished.edit("depth = 1\nmax_seq_length = 64", 'from = "base"')

@@ -43,7 +43,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     template = ChatTemplate(CHATML)
     ends = (tokenizer.special("<|im_end|>"), tokenizer.eos_id)
     config = Config(
-        "qwen3", len(tokenizer), 64, 160, 2, 2, 2, 32, CONTEXT, bos_token_id=tokenizer.bos_id, eos_token_id=ends
+        "qwen3",
+        len(tokenizer),
+        64,
+        160,
+        2,
+        2,
+        2,
+        32,
+        CONTEXT,
+        qk_norm=True,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=ends,
     )
     model = Decoder.random(config, seed=0)
     _learn(model, _examples(tokenizer, template))

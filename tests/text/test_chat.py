@@ -136,7 +136,7 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
     config.write_text(
         json.dumps({"chat_template": [{"name": "tool", "template": "x"}, {"name": "default", "template": "two"}]})
     )
-    assert ChatTemplate.load(tmp_path) == ChatTemplate("two")
+    assert ChatTemplate.load(tmp_path) == ChatTemplate("two", others={"tool": "x"})
     ChatTemplate("three").save(tmp_path)
     assert ChatTemplate.load(tmp_path) == ChatTemplate("three")
     config.write_text("{")
@@ -162,6 +162,21 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
         ("{{ range(99999999) }}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% for i in range(10**12) %}x{% endfor %}", "Range too big"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% else %}x{% endif %}{% endmacro %}{{ f(60) }}",
+            "more than 2 s|memory",
+        ),
+        ("{{ 9 ** (9 ** 9) }}", "more than 2 s|memory"),
+        ("{{ '%999999999d' % 1 }}", "memory"),
+        ("{{ messages | tojson(indent=10**9) }}", "memory"),
+        ("{{ '(' * 10**6 }}{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}", "memory|recursion"),
+        ("{{ self.__init__.__globals__ }}", "unsafe"),
+        ("{{ raise_exception.__globals__.sys }}", "unsafe"),
+        ("{{ dict.__base__.__subclasses__() }}", "unsafe|no attribute"),
+        ("{{ (messages | map(attribute='__class__') | list)[0].mro() }}", "undefined|unsafe"),
+        ("{{ joiner.__init__.__globals__ }}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% for", "unexpected"),
     ],
@@ -173,6 +188,13 @@ def test_hostile_and_broken_templates_end_with_a_named_error(
         ChatTemplate(source, Path("model/chat_template.jinja")).render([turn("user", "x")])
     assert caught.value.file == "model/chat_template.jinja"
     assert ChatTemplate("{{ messages[0].content }}").render([turn("user", "still alive")]) == "still alive"
+
+
+@pytest.mark.parametrize(
+    "path", ["{{ '{0.__class__}'.format(1) }}", "{{ raise_exception.__code__ }}", "{{ ''.format.__self__ }}"]
+)
+def test_what_is_refused_shows_nothing(path: str) -> None:
+    assert ChatTemplate(path).render([turn("user", "x")]) == ""
 
 
 def test_the_rendering_child_can_die_at_any_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -246,8 +247,48 @@ def test_a_decoder_of_another_kind_is_refused(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Theirs
     from tokenizers import decoders, models
 
-    theirs = Theirs(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    theirs.decoder = decoders.WordPiece()
+    theirs = Theirs(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    theirs.decoder = decoders.CTC()
     theirs.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match="decoder WordPiece"):
+    with pytest.raises(DataError, match="this decoder are not supported: CTC"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"continuing_subword_prefix": "##"}}, "a prefix within words"),  # the library aborts the process
+        ({"model": {"vocab": {"a": -1}}}, "not a tokenizer"),
+        ({"post_processor": {"single": [{"SpecialToken": {"id": "?", "type_id": 0}}]}}, "not a tokenizer"),  # a panic
+    ],
+)
+def test_files_that_mean_harm_are_named(bpe: Tokenizer, change: dict[str, Any], message: str) -> None:
+    whole = json.loads(bpe.files["tokenizer.json"])
+    for part, values in change.items():
+        whole[part] = {**whole[part], **values} if isinstance(values, dict) and whole[part] else values
+    with pytest.raises(DataError, match=message) as caught:
+        Tokenizer(bpe.files | {"tokenizer.json": json.dumps(whole).encode()}, Path("model"))
+    assert caught.value.file == "model/tokenizer.json"
+
+
+def test_ids_without_end_are_named(bpe: Tokenizer) -> None:
+    whole = json.loads(bpe.files["tokenizer.json"])
+    whole["model"]["vocab"]["\u4e00"] = 1 << 31
+    with pytest.raises(DataError, match="pieces are read"):
+        Tokenizer(bpe.files | {"tokenizer.json": json.dumps(whole).encode()})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        [],
+        {"added_tokens_decoder": {"x": 1, "0": {"content": 3}}},
+        {"added_tokens_decoder": {"x": {"content": "a"}}},
+        {"added_tokens_decoder": {"5": {"content": "a", "special": "yes"}}},
+        {"extra_special_tokens": [{"a": 1}, [2]], "add_bos_token": True, "bos_token": None, "eos_token": [1]},
+    ],
+)
+def test_odd_settings_are_named_or_passed_over(bpe: Tokenizer, config: Any) -> None:
+    files = bpe.files | {"tokenizer_config.json": json.dumps(config).encode()}
+    with contextlib.suppress(DataError):
+        assert Tokenizer(files).encode("a b") == bpe.encode("a b")

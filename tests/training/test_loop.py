@@ -23,9 +23,9 @@ from llmctl.model.transformer import Decoder
 from llmctl.text import shards
 from llmctl.text.shards import Shards, Writer
 from llmctl.training import checkpoint, loop, objectives, optim
+from llmctl.training.batch import IGNORED, Batch
 from llmctl.training.checkpoint import State
-from llmctl.training.loop import Batch, Step
-from llmctl.training.objectives import IGNORED
+from llmctl.training.loop import Step
 from tests.shapes import SHAPES
 
 CONFIG = replace(SHAPES["qwen3"], hidden_size=32, num_hidden_layers=2, max_position_embeddings=16)
@@ -41,7 +41,7 @@ def random_batches(size: int = 4, length: int = 16, seed: int = 0) -> Iterator[B
     while True:
         rows = random.integers(10, CONFIG.vocab_size, (size, length + 1))
         position += size
-        yield Batch(rows[:, :-1], rows[:, 1:], position)
+        yield Batch((rows[:, :-1],), rows[:, 1:], position)
 
 
 def built(config: Config = CONFIG, kind: Any = "muon") -> tuple[Decoder, list[Optimizer]]:
@@ -56,11 +56,12 @@ def trained(
     steps: range,
     micro_batch: int = 4,
     stop: Callable[[], bool] = never,
-    loss: loop.Loss = objectives.causal,
+    loss: objectives.Loss = objectives.loss,
     max_grad_norm: float = 1.0,
+    planned: int = STEPS,
 ) -> list[Step]:
     def rate(step: int) -> float:
-        return optim.schedule(step, kind="cosine", steps=STEPS, warmup=3, decay_ratio=0.4, floor=0.1)
+        return optim.schedule(step, kind="cosine", steps=planned, warmup=3, decay_ratio=0.4, floor=0.1)
 
     return list(
         loop.train(
@@ -98,7 +99,7 @@ def corpus(folder: Path) -> Shards:
 def of_shards(folder: Path, position: int) -> Iterator[Batch]:
     samples = shards.batches(Shards.open(folder, "train"), seed=3, max_seq_length=16, batch_size=4, position=position)
     for rows, after in samples:
-        yield Batch(rows[:, :-1], rows[:, 1:], after)
+        yield Batch((rows[:, :-1],), rows[:, 1:], after)
 
 
 def of_chats(_: Path, position: int) -> Iterator[Batch]:
@@ -196,7 +197,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(micro_batch: int) ->
     labels = batch.labels.copy()
     labels[0, 3:] = IGNORED
     labels[4, :] = IGNORED
-    uneven = Batch(batch.ids, labels, batch.position)
+    uneven = Batch(batch.inputs, labels, batch.position)
     whole, parts = gradients(6, uneven), gradients(micro_batch, uneven)
     assert whole.keys() == parts.keys()
     for name, gradient in whole.items():
@@ -206,7 +207,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(micro_batch: int) ->
 def test_the_gradient_is_that_of_the_mean_loss() -> None:
     batch = next(random_batches())
     model = Decoder.random(CONFIG, seed=1).train()
-    logits = model(torch.from_numpy(batch.ids))
+    logits = model(torch.from_numpy(batch.inputs[0]))
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.labels).flatten()).backward()
     ours = gradients(2, batch)
     for name, parameter in model.named_parameters():
@@ -217,7 +218,7 @@ def test_the_gradient_is_that_of_the_mean_loss() -> None:
 def test_the_loss_is_a_mean_over_supervised_tokens_and_the_norm_is_before_clipping() -> None:
     batch = next(random_batches())
     model, optimizers = built()
-    logits = Decoder.random(CONFIG, seed=1)(torch.from_numpy(batch.ids))
+    logits = Decoder.random(CONFIG, seed=1)(torch.from_numpy(batch.inputs[0]))
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.labels).flatten())
     found = gradients(4, batch)
     step = trained(model, optimizers, iter([batch]), range(1), micro_batch=1, max_grad_norm=1e-3)[0]
@@ -244,14 +245,14 @@ def test_clipping_scales_the_gradient_to_the_norm_asked_for() -> None:
 # ------------------------------------------------------------------------------------------------------- NaN and speed
 
 
-def failing(at: set[int], value: float) -> loop.Loss:
+def failing(at: set[int], value: float) -> objectives.Loss:
     """A loss that is `value` in the calls named, counted from 1."""
     calls = 0
 
     def loss(model: Decoder, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        return objectives.causal(model, ids, labels) * (value if calls in at else 1.0)
+        return objectives.loss(model, ids, labels) * (value if calls in at else 1.0)
 
     return loss
 
@@ -283,7 +284,7 @@ def test_a_gradient_that_is_no_number_is_skipped_though_the_loss_is_one() -> Non
     before = copy.deepcopy(model)
 
     def explodes(model: Decoder, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        value = objectives.causal(model, ids, labels)
+        value = objectives.loss(model, ids, labels)
         return value + torch.sqrt((value - value.detach()).abs())  # 0 forward, infinite backward
 
     step = trained(model, optimizers, random_batches(), range(1), loss=explodes)[0]
@@ -310,8 +311,8 @@ def test_speed_is_tokens_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizers = built()
     steps = trained(model, optimizers, random_batches(size=3, length=16), range(2))
     assert [(step.tokens, step.seconds, step.tokens_per_second) for step in steps] == [(48, 2.0, 24.0)] * 2
-    assert " · 24 tok/s · " in loop.live_text(steps[0], 10, 1.5)
-    assert " · 20.7k tok/s · " in loop.live_text(replace(steps[0], tokens=41_384), 10, None)
+    assert " · 24 tok/s · " in loop.live_text(steps[0], 10, "1.500 bits/byte")
+    assert " · 20.7k tok/s · " in loop.live_text(replace(steps[0], tokens=41_384), 10, "")
 
 
 def test_dropout_is_on_in_every_step(tmp_path: Path) -> None:
@@ -323,7 +324,7 @@ def test_dropout_is_on_in_every_step(tmp_path: Path) -> None:
 
     def watch(model: Decoder, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         modes.append(model.training)
-        return objectives.causal(model, ids, labels)
+        return objectives.loss(model, ids, labels)
 
     for _ in loop.train(
         model,
@@ -349,7 +350,14 @@ def test_when_not_to_compile(
     monkeypatch: pytest.MonkeyPatch, wanted: bool | str, flops: float, compiler: bool, compiled: bool
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++" if compiler else None)
-    found, is_compiled, why = loop.compiled(objectives.causal, wanted, flops, torch.device("cpu"))
+    found, is_compiled, why = loop.compiled(objectives.loss, wanted, flops, torch.device("cpu"))
     assert is_compiled is compiled
-    assert found is objectives.causal
+    assert found is objectives.loss
     assert why.startswith("eager: ")
+
+
+def test_an_lstm_is_not_compiled_unless_asked() -> None:
+    """However long the run; dynamo would break off at torch's kernel, which is most of the work."""
+    found, is_compiled, why = loop.compiled(objectives.loss, "auto", 1e30, torch.device("cpu"), "recurrent")
+    assert (found, is_compiled) == (objectives.loss, False)
+    assert "kernel" in why or "g++" in why

@@ -32,7 +32,7 @@ def chosen(folder: Path, device: Device, micro_batch: int = 4, **keys: object) -
     work = job(folder, "pretrain")
     work.device = device
     section = PretrainSection.model_validate(keys)
-    return session.choose(work, section, objectives.causal, 1e6, micro_batch)[0]
+    return session.choose(work, section, objectives.loss, 1e6, micro_batch)[0]
 
 
 HERE, THERE = Device("cpu", "here", 1, frozenset({"avx2"})), Device("cpu", "there", 2, frozenset({"avx512_bf16"}))

@@ -1,0 +1,92 @@
+"""How well a model fills in what was hidden from a text: the same masks and spans every time."""
+
+# B batch, T time, V vocabulary
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from llmctl.errors import UsageError
+from llmctl.model.transformer import Encoder, EncoderDecoder
+from llmctl.training import loop
+from llmctl.training.batch import IGNORED, Ids
+from llmctl.training.objectives import Objective
+
+SEED = 0  # of what is hidden: fixed, so that figures of different runs are about the same tokens
+LOGITS = 1 << 24  # logits held at once: 64 MB in fp32
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a model said of the hidden tokens.
+
+    Attributes:
+        nats: of surprise in all. targets: what it had to say: the hidden tokens, and for an encoder-decoder the
+            sentinels and the end that order them, which T5's loss counts too.
+        hidden: tokens of the text alone. correct: those of them that the model finds most likely.
+        window_nats: (windows,) the nats of each window, for comparing two models on the same text in pairs.
+    """
+
+    nats: float
+    targets: int
+    hidden: int
+    correct: int
+    window_nats: npt.NDArray[np.float64] = field(repr=False, compare=False)
+
+    @property
+    def loss(self) -> float:
+        """Nats a target."""
+        return self.nats / self.targets
+
+    @property
+    def accuracy(self) -> float:
+        """The share of hidden tokens that are said right."""
+        return self.correct / self.hidden
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`val_loss`, `val_accuracy` and the standard error of that."""
+        error = math.sqrt(self.accuracy * (1 - self.accuracy) / self.hidden)
+        return {"val_loss": self.loss, "val_accuracy": self.accuracy, "val_stderr": error}
+
+
+def validate(
+    model: Encoder | EncoderDecoder, objective: Objective, tokens: Ids, *, max_seq_length: int, autocast: bool = False
+) -> Validation:
+    """Hides parts of a text (N,) window by window and asks the model for them.
+
+    What is left over at the end, less than a window, is not read. `autocast`: as in training.
+
+    Raises:
+        UsageError: too short a text to hide anything of.
+    """
+    length = min(max_seq_length, len(tokens) - 1)
+    count = (len(tokens) - 1) // length if length > 1 else 0
+    found: list[float] = []
+    targets = hidden = correct = 0
+    rows = max(1, LOGITS // (max(1, length) * model.config.vocab_size))
+    order = torch.tensor([*objective.marks, *model.config.eos_ids, IGNORED], device=model.device)
+    was_training = model.training
+    model.eval()
+    for first in range(0, count, rows):
+        starts = range(first * length, min(first + rows, count) * length, length)
+        batch = objective.frame(np.stack([tokens[at : at + length + 1] for at in starts]), SEED, first + len(starts))
+        inputs = [torch.from_numpy(ids).to(model.device) for ids in batch.inputs]
+        labels = torch.from_numpy(batch.labels).to(model.device)
+        with torch.inference_mode(), loop.precision(model.device, autocast):
+            logits = model(*inputs).float()  # (B, T, V)
+            nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        of_text = ~torch.isin(labels, order)
+        targets, hidden = targets + batch.supervised, hidden + int(of_text.sum())
+        correct += int(((logits.argmax(-1) == labels) & of_text).sum())
+        found += nats.view_as(labels).double().sum(1).tolist()
+    model.train(was_training)
+    if not hidden:
+        raise UsageError(f"{len(tokens)} tokens are too few to hide any of them", hint="give a longer text")
+    return Validation(math.fsum(found), targets, hidden, correct, np.asarray(found))
