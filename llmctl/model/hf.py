@@ -187,19 +187,22 @@ def fitting(model: Model, folder: Path, *, mapped: str = "") -> Iterator[tuple[S
 
     They are copies; those that are stored as `mapped` says are views of the file.
     """
-    files = [(path, open_tensors(path)) for path in tensor_files(folder)]
-    expected = check(model, folder, headers(files))
-    family = FAMILIES[model.config.family]
-    places = storage.headers(path for path, _ in files)
-    for path, file in files:
-        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            entry = expected.get(native_spelling(family, name, expected))
-            if entry is None:
-                continue
-            try:
-                yield entry, file.get_tensor(name) if places[name].dtype == mapped else read(places[name])
-            except (SafetensorError, OSError) as reason:
-                raise DataError(f"tensor {name} cannot be read ({reason})", file=path) from reason
+    places = storage.headers(tensor_files(folder))
+    expected = check(model, folder, {name: stored.shape for name, stored in places.items()})
+    family, opened = FAMILIES[model.config.family], dict[Path, Any]()
+    for name, stored in places.items():
+        entry = expected.get(native_spelling(family, name, expected))
+        if entry is None:
+            continue
+        if stored.dtype != mapped:
+            yield entry, read(stored)
+            continue
+        try:
+            if stored.path not in opened:
+                opened[stored.path] = safe_open(stored.path, framework="pt")
+            yield entry, opened[stored.path].get_tensor(name)
+        except (SafetensorError, OSError) as reason:
+            raise DataError(f"tensor {name} cannot be read ({reason})", file=stored.path) from reason
 
 
 def check(model: Model, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
@@ -244,21 +247,6 @@ def _heads(config: Config) -> tuple[str, ...]:
     if config.task == "masked-lm":
         return ("cls.predictions.decoder.weight", "lm_head.decoder.weight", "decoder.weight")
     return ("lm_head.weight",) if config.task in ("causal-lm", "seq2seq-lm") else ()
-
-
-def headers(files: list[tuple[Path, Any]]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of every tensor in opened files.
-
-    Raises:
-        DataError: a name that is stored twice.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path, file in files:
-        for name in file.keys():  # noqa: SIM118
-            if name in shapes:
-                raise DataError(f"tensor {name} is stored twice", file=path)
-            shapes[name] = tuple(file.get_slice(name).get_shape())
-    return shapes
 
 
 def chunks(tensor: Tensor) -> Iterator[memoryview]:
@@ -309,19 +297,6 @@ def read(stored: storage.Stored) -> Tensor:
     return torch.frombuffer(pages, dtype=KINDS[stored.dtype]).view(stored.shape)
 
 
-def open_tensors(path: Path) -> Any:
-    """A safetensors file, its header checked (storage.py says for what); tensors are read when asked for."""
-    storage.header(path)
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as reason:
-        raise DataError(
-            f"is not a readable safetensors file ({reason})",
-            file=path,
-            hint="it may be cut off or damaged: copy it again, or rerun the stage that wrote it",
-        ) from reason
-
-
 # ------------------------------------------------------------------------------------------------------ config.json
 
 
@@ -350,14 +325,13 @@ def read_config(folder: Path) -> Config:
 def _as_stored(config: Config, folder: Path) -> Config:
     if config.kind == "recurrent" or (config.kind == "decoder" and not config.tie_word_embeddings):
         return config
-    files = [open_tensors(path) for path in tensor_files(folder)]
-    where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+    where = storage.headers(tensor_files(folder))
     if config.tie_word_embeddings and (head := next((n for n in _heads(config) if n in where), None)):
         stored = layout(build(config))
         embedding = next(name for name, entry in stored.items() if entry.parts[0].endswith("embed_tokens.weight"))
         family = FAMILIES[config.family]
         other = next((n for n in where if native_spelling(family, n, stored) == embedding), None)
-        if other is not None and not torch.equal(where[head].get_tensor(head), where[other].get_tensor(other)):
+        if other is not None and not torch.equal(read(where[head]), read(where[other])):
             config = dataclasses.replace(config, tie_word_embeddings=False)
     if config.kind == "encoder" and config.task == "embedding":
         pooler = any(name.endswith("pooler.dense.weight") for name in where)
