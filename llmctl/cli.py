@@ -9,6 +9,7 @@ import inspect
 import io
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ import typer
 
 import llmctl
 from llmctl import console
-from llmctl.errors import Interrupted, LlmctlError, RunError, UsageError
+from llmctl.errors import DataError, Interrupted, LlmctlError, RunError, UsageError
 
 if TYPE_CHECKING:
     from llmctl.artifact import Artifact
@@ -436,7 +437,13 @@ def bring_in(
         source, name, run_dir=call.run_dir, overrides=tuple(call.set_), convert_pickle=convert_pickle
     )
     console.say(found.said, style="dim")
-    return _make(call, found, chain.import_steps(found.recipe, found.run))
+    was_there = found.run.path.exists()
+    try:
+        return _make(call, found, chain.import_steps(found.recipe, found.run))
+    except DataError:
+        if not was_there and not (found.run.path / "import").exists():  # a bad source leaves no empty run behind
+            shutil.rmtree(found.run.path, ignore_errors=True)
+        raise
 
 
 @command(AROUND)

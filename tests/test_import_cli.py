@@ -115,6 +115,13 @@ def test_a_source_that_turns_out_bad_leaves_the_old_model(here: Here) -> None:
     assert "import is up to date" in back.out
 
 
+def test_a_bad_source_leaves_no_empty_run(here: Here) -> None:
+    bad = folders.write(here.path / "bad")
+    (bad / "model.safetensors").write_bytes(b"junk")
+    assert here.llmctl("import", "bad").code == 3
+    assert not (here.path / "runs/bad").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["../x", "/tmp/x", "a/b", "..", ".", "", "current", "-x", "a b", "x" * 65, "ü", "a\nb"]
 )
