@@ -53,7 +53,7 @@ def export_onnx(job: Job) -> Artifact:
             f"{model.path} is a {config.family} {config.kind}, and the ONNX export is of decoders so far",
             hint="llmctl export --hf writes the folder that transformers loads",
         )
-    models.check_vocabulary(config, len(tokenizer), model.path)
+    models.check_vocabulary(config, len(tokenizer), model.path, tokenizer.special_ids)
     torch.set_num_threads(job.device.threads)
     tokens, text = gate_text(job, model, tokenizer)
 

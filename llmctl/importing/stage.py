@@ -114,7 +114,7 @@ def from_folder(found: Origin, staging: Path, *, convert_pickle: bool = False) -
             hint = "its weights may be pickled (.bin): --convert-pickle reads the tensors alone; nothing in them is run"
             raise DataError(f"{found.spec} has no model.safetensors", hint=hint)
     config = hf.read_config(folder)
-    hf.check_vocabulary(config, len(tokenizer), folder)
+    hf.check_vocabulary(config, len(tokenizer), folder, tokenizer.special_ids)
     for path in small:
         target = staging / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
@@ -269,7 +269,7 @@ def from_gguf(path: Path, staging: Path) -> tuple[int, Told]:
     config, files = config_from_json(model.config, path), model.tokenizer_files()
     hf.check(hf.build(config), path, {name: shape for name, (_, shape) in layout.items()})
     tokenizer = Tokenizer({name: content for name, content in files.items() if name.endswith(".json")}, path)
-    hf.check_vocabulary(config, len(tokenizer), path)
+    hf.check_vocabulary(config, len(tokenizer), path, tokenizer.special_ids)
     sizes: Counter[str] = Counter()
     for dtype, shape in layout.values():
         sizes[dtype] += storage.size(dtype, shape)

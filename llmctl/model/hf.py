@@ -53,6 +53,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "chat_template.jinja",
 )
+IMAGES = 4  # special pieces that may have no row in the embedding
 PADDING = 512  # embeddings may have this many rows more than there are pieces: Qwen pads its own by up to 399
 
 
@@ -339,8 +340,15 @@ def _as_stored(config: Config, folder: Path) -> Config:
     return config
 
 
-def check_vocabulary(config: Config, pieces: int, folder: Path) -> None:
-    """Raises DataError where the tokenizer and the embedding do not belong together; padded embeddings pass."""
+def check_vocabulary(config: Config, pieces: int, folder: Path, special: frozenset[int] = frozenset()) -> None:
+    """Raises DataError where the tokenizer and the embedding do not belong together.
+
+    Padded embeddings pass, and so do a few `special` pieces behind the last row, which no text can give: Gemma 3's
+    tokenizer has one for images, and the text model no row for it.
+    """
+    beyond = frozenset(range(config.vocab_size, min(pieces, config.vocab_size + IMAGES + 1)))
+    if 0 < len(beyond) <= IMAGES and beyond <= special:
+        return
     if not 0 <= config.vocab_size - pieces <= PADDING:
         raise DataError(
             f"the tokenizer has {pieces:,} pieces, but the model's embedding has {config.vocab_size:,} rows",

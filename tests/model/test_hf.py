@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,15 @@ def test_vocabulary_small(pieces: int, fits: bool, tmp_path: Path) -> None:
 def test_vocabulary_of_qwen(pieces: int, fits: bool, tmp_path: Path) -> None:
     """Qwen3's embedding has 151,936 rows for 151,669 pieces; another vocabulary is another matter."""
     check(Config(**{**fields(LLAMA), "vocab_size": 151_936}), pieces, fits, tmp_path)
+
+
+def test_a_special_piece_for_images_needs_no_row(tmp_path: Path) -> None:
+    """Gemma 3's tokenizer has 262,145 pieces, the last for images; its text models have 262,144 rows."""
+    gemma = replace(LLAMA, vocab_size=262_144)
+    hf.check_vocabulary(gemma, 262_145, tmp_path, frozenset({262_144}))
+    for pieces, special in ((262_145, frozenset[int]()), (262_160, frozenset(range(262_144, 262_160)))):
+        with pytest.raises(DataError, match="262,144 rows"):
+            hf.check_vocabulary(gemma, pieces, tmp_path, special)
 
 
 def check(config: Config, pieces: int, fits: bool, folder: Path) -> None:
