@@ -70,14 +70,19 @@ def evaluate(job: Job) -> Artifact:
     material = _material(job, section, tokenizer, template)
     console.stage("eval", f"{subject.place} {subject.short} · weights {_weights(subject)[:8]}")
     columns = _columns(job, subject)
-    for column in columns:
-        if isinstance(column.model, Encoder | EncoderDecoder):
-            _score_filling(column, column.model, material, tokenizer)
-            continue
-        _score_text(column, column.model, material)
-        _score_chats(column, column.model, material, tokenizer, template, section)
-        for name, questions in material.questions.items():
-            _score_questions(column, column.model, name, questions, tokenizer, section)
+    parts = 2 + len(material.questions)
+    with console.progress("eval", total=parts * len(columns), unit="parts") as live:
+        for done, column in zip(range(0, parts * len(columns), parts), columns, strict=True):
+            live.update(done, f"{column.name} · text")
+            if isinstance(column.model, Encoder | EncoderDecoder):
+                _score_filling(column, column.model, material, tokenizer)
+                continue
+            _score_text(column, column.model, material)
+            live.update(done + 1, f"{column.name} · {len(material.chats)} conversations")
+            _score_chats(column, column.model, material, tokenizer, template, section)
+            for more, (name, questions) in enumerate(material.questions.items(), 2):
+                live.update(done + more, f"{column.name} · {name}")
+                _score_questions(column, column.model, name, questions, tokenizer, section)
     _warn_of_twins(columns)
     last = columns[-1]
     console.table("", *compare.table([(column.name, column.metrics) for column in columns]))
