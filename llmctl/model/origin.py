@@ -72,6 +72,8 @@ def find(spec: str, root: Path) -> Origin:
         if path.is_file():
             if path.suffix.lower() != ".gguf":
                 raise DataError("is neither a model's folder nor a .gguf file", file=spec)
+            if not path.stat().st_size:
+                raise DataError("the file is empty", file=spec, hint="copy it again")
             return Origin(spec, "gguf", path)
     except ValueError:  # a NUL in the name
         spec = repr(spec)

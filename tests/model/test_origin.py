@@ -139,3 +139,10 @@ def test_every_part_of_a_split_gguf_counts(tmp_path: Path) -> None:
     (tmp_path / "m-00001-of-00002.gguf").write_bytes(b"GGUF")
     found = origin.scan("m-00001-of-00003.gguf", tmp_path, {})
     assert [file.path for file in found] == [f"m-0000{part}-of-00003.gguf" for part in (1, 2, 3)]
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(DataError, match="the file is empty") as caught:
+        origin.find("m.gguf", tmp_path)
+    assert caught.value.hint == "copy it again"
