@@ -50,6 +50,11 @@ SHAPES |= {
         "gemma3",
         GEMMA | {"head_dim": 8, "tie_word_embeddings": False, "final_logit_softcapping": 3.0},
     ),
+    "gemma2": (
+        "gemma2",
+        GEMMA | {"rope_local_theta": None, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "stablelm": ("stablelm", {"partial_rotary_factor": 0.5, "num_attention_heads": 6, "head_dim": 8}),
     "gpt2": ("gpt2", {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8}),
     "llama, biased MLP, GELU": ("llama", {"mlp_bias": True, "hidden_act": "gelu"}),
     "llama with YaRN": ("llama", {"rope_scaling": RopeScaling("yarn", 4.0, original_max_position_embeddings=80)}),
