@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind in use, trained on this repository's text and saved by transformers' own classes."""
+"""Small tokenizers of every kind in use, trained on fixed texts and saved by transformers' own classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 from llmctl.text import tokenizer
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(
+    __file__
+).parent  # english.txt, chinese.txt: pages of this repository as they once were; training depends on them
 TEXTS = [
     "Hello world, it's a test. Don't you think so?",
     "hello",
@@ -33,13 +35,12 @@ TEXTS = [
 
 @functools.cache
 def english() -> list[str]:
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return [part for page in pages for part in page.read_text(encoding="utf-8").split("\n\n") if part][:400]
+    return [part for part in (HERE / "english.txt").read_text(encoding="utf-8").split("\n\n") if part]
 
 
 @functools.cache
 def chinese() -> list[str]:
-    return [part for part in (ROOT / "README.zh-CN.md").read_text(encoding="utf-8").split("\n\n") if part]
+    return [part for part in (HERE / "chinese.txt").read_text(encoding="utf-8").split("\n\n") if part]
 
 
 @functools.cache
