@@ -6,7 +6,6 @@ names is imported or called. Files of the zip format, which torch has written si
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmctl.errors import DataError
+from llmctl.model import hf
 from llmctl.model.origin import PICKLED, PICKLED_INDEX
 
 
@@ -27,16 +27,7 @@ def files(folder: Path) -> list[Path]:
     if (folder / PICKLED).is_file():
         return [folder / PICKLED]
     index = folder / PICKLED_INDEX
-    if not index.is_file():
-        return []
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
-        raise DataError(f"has no `weight_map` from tensors to files ({reason!r})", file=index) from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise DataError(f"names the shard {name!r}, which is not a file beside it", file=index)
-    return [folder / name for name in names]
+    return hf.indexed(index) if index.is_file() else []
 
 
 def read(path: Path) -> dict[str, Tensor]:

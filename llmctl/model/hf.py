@@ -270,14 +270,23 @@ def tensor_files(folder: Path) -> list[Path]:
         elif any(folder.glob("*.gguf")):
             hint = "a GGUF file is imported first: llmctl import FILE.gguf"
         raise DataError("holds no model.safetensors", file=folder, hint=hint)
+    return indexed(index)
+
+
+def indexed(index: Path) -> list[Path]:
+    """The files beside an index that it names.
+
+    Raises:
+        DataError: it is no index, or names what is no file beside it.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise DataError("has no `weight_map` from tensors to files", file=index)
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if Path(name).name != name or not (index.parent / name).is_file():
             raise DataError(f"names the shard {name!r}, which is not a file beside it", file=index)
-    return [folder / name for name in names]
+    return [index.parent / name for name in names]
 
 
 def read(stored: storage.Stored) -> Tensor:

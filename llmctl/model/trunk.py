@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 HIDDEN = -1e30  # added to scores that do not count; finite, so that a row of padding alone gives numbers, not NaN
 FLEX = {"cuda"}  # devices on which FlexAttention is compiled; on a CPU it has no backward pass
 TABLE = 8192  # positions whose rotations are kept; those beyond are computed when they come
+
+Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # row, head, query, key -> whether it is seen
 
 
 class Trunk(nn.Module):
@@ -83,9 +85,8 @@ class Trunk(nn.Module):
     ) -> Tensor:
         """The normed states, (B, T) -> (B, T, C); see `Decoder.hidden` for the arguments."""
         past, new = (0 if cache is None else cache.length), ids.shape[1]
-        if mask is not None and positions is None:
-            counted = mask.long().cumsum(1)[:, -new:]
-            positions = (counted - 1).clamp(min=0) if self.causal else torch.arange(new, device=ids.device)
+        if mask is not None and positions is None and self.causal:
+            positions = (mask.long().cumsum(1)[:, -new:] - 1).clamp(min=0)
         room = self.config.max_position_embeddings - self.config.position_offset
         room = min(room, cache.max_length) if cache is not None else room
         if past + new > room and self.config.positions != "relative":
@@ -173,36 +174,26 @@ class Trunk(nn.Module):
                     plain = self.future[:new, :new]
             if not slides or (new == 1 and self.causal):
                 return {FULL: plain, SLIDING: plain}
-        if (
-            device.type in FLEX
-            and past == 0
-            and new > 1
-            and c.positions != "relative"
-            and (slides or documents is not None)
-        ):
+        sparse = (slides or documents is not None) and c.positions != "relative"
+        if device.type in FLEX and sparse and past == 0 and new > 1:
             full = self.block_mask(x, mask, documents, None)
             return {FULL: full, SLIDING: full if reach is None else self.block_mask(x, mask, documents, reach)}
+        rows = torch.arange(len(x), device=device)[:, None, None, None]
         q, k = torch.arange(past, total, device=device)[:, None], torch.arange(total, device=device)
-        seen = k <= q if self.causal else torch.ones(new, total, dtype=torch.bool, device=device)  # (T, S)
-        if mask is not None:
-            seen = seen & mask[:, None, None, :].bool()
-        if documents is not None:
-            seen = seen & (documents[:, None, -new:, None] == documents[:, None, None, :])
         bias = self.bias(past, new) if c.positions == "relative" else 0.0
 
-        def added(visible: Tensor) -> Tensor:
+        def added(reach: int | None) -> Tensor:
+            visible = self.sees(mask, documents, reach)(rows, rows, q, k)  # (T, S) or (B, 1, T, S)
             return torch.where(visible, 0.0, HIDDEN) + bias
 
-        near = ((q - k < reach) if self.causal else ((q - k).abs() <= reach)) if reach is not None else None
-        everything = added(seen) if plain is None or mask is not None or documents is not None else plain
-        return {FULL: everything, SLIDING: everything if near is None else added(seen & near)}
+        everything = added(None) if plain is None else plain
+        return {FULL: everything, SLIDING: everything if reach is None else added(reach)}
 
-    def block_mask(self, x: Tensor, mask: Tensor | None, documents: Tensor | None, reach: int | None) -> BlockMask:
-        """The same as a rule for pairs of positions, from which FlexAttention finds the blocks that are empty."""
-        from torch.nn.attention.flex_attention import create_block_mask
+    def sees(self, mask: Tensor | None, documents: Tensor | None, reach: int | None) -> Sees:
+        """The rule by which a query sees a key, for indices of row, head, query and key that broadcast."""
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            seen = k <= q if self.causal else k >= 0
+            seen = k <= q if self.causal else (k >= 0) & (q >= 0)
             if mask is not None:
                 seen = seen & mask[b, k].bool()
             if documents is not None:
@@ -211,7 +202,14 @@ class Trunk(nn.Module):
                 seen = seen & ((q - k < reach) if self.causal else ((q - k).abs() <= reach))
             return seen
 
+        return sees
+
+    def block_mask(self, x: Tensor, mask: Tensor | None, documents: Tensor | None, reach: int | None) -> BlockMask:
+        """`sees` for FlexAttention, which finds the blocks of pairs that are empty."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
         each = x.shape[0] if mask is not None or documents is not None else None
+        sees = self.sees(mask, documents, reach)
         return create_block_mask(sees, each, None, x.shape[1], x.shape[1], device=x.device.type)
 
     def bias(self, past: int, new: int) -> Tensor:

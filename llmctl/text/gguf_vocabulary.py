@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from llmctl.errors import DataError
+from llmctl.text.converting import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from llmctl.text.decoding import ALPHABET
 from llmctl.text.vocabulary import SPACE
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 LONGEST = 512  # characters a piece may have: each way to split it is tried
 NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding", "mask_token": "mask"}
 
@@ -172,12 +173,11 @@ def _byte_level(tokens: Sequence[str], types: Sequence[int], merges: list[tuple[
     """GPT-2's kind; special pieces, and those a user added, are spelled as they are read, all others by bytes."""
     from tokenizers import Tokenizer, decoders, models
 
-    alphabet = _alphabet()
-    spelled = set(alphabet)
+    characters = {byte: char for char, byte in ALPHABET.items()}
 
     def spelling(piece: str, kind: int) -> str:
-        as_read = kind in (CONTROL, USER_DEFINED) or spelled.issuperset(piece)
-        return piece if as_read else "".join(alphabet[byte] for byte in piece.encode())
+        as_read = kind in (CONTROL, USER_DEFINED) or ALPHABET.keys() >= set(piece)
+        return piece if as_read else "".join(characters[byte] for byte in piece.encode())
 
     pieces = zip(tokens, types, strict=True)
     vocabulary = {spelling(piece, kind): index for index, (piece, kind) in enumerate(pieces)}
@@ -376,10 +376,3 @@ def _unheld(found: str, path: Path) -> DataError:
         file=path,
         hint="byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) and SentencePiece BPE with byte fallback can be exported",
     )
-
-
-def _alphabet() -> list[str]:
-    """The character that stands for each byte: printable Latin-1 itself, the others U+0100 on (GPT-2's encoder.py)."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (chr(0x100 + index) for index in range(256))
-    return [chr(byte) if byte in printable else next(others) for byte in range(256)]

@@ -14,6 +14,7 @@ from llmctl.errors import DataError
 from llmctl.model import config as shapes
 from llmctl.model import hf
 from llmctl.model.config import Config
+from llmctl.model.families.stated import config_from_json
 from llmctl.model.jsonfile import read_json, write_json
 from llmctl.model.lstm import LSTM
 from llmctl.recipe import ModelSection
@@ -187,6 +188,11 @@ def test_depth_alone_gives_about_the_parameters_of_a_transformer() -> None:
         ours, theirs = (shape.parameters - 1000 * shape.hidden_size for shape in (config, transformer))
         assert ours == layers * (8 * width**2 + 8 * width)
         assert ours == pytest.approx(theirs, rel=0.1)
+
+
+def test_a_config_that_names_no_class_is_a_language_model() -> None:
+    stated = {"model_type": "lstm", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
+    assert config_from_json({**stated, "max_position_embeddings": 16}, Path("config.json")).task == "causal-lm"
 
 
 def test_the_folder_has_torchs_names_and_comes_back(tmp_path: Path) -> None:

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import DataError
-from llmctl.model.config import FULL, Config, Task, impossible
+from llmctl.model.config import FULL, Config, Kind, Task, impossible
 from llmctl.model.families import BY_TYPE, FAMILIES
 from llmctl.model.families.family import ACT_NAMES, COMMON, Stated
 from llmctl.model.sublayers import ACTIVATIONS
+
+UNSAID: dict[Kind, Task] = {  # what a config.json without `architectures` is for
+    "decoder": "causal-lm",
+    "recurrent": "causal-lm",
+    "encoder": "embedding",
+    "encoder-decoder": "seq2seq-lm",
+}
 
 
 def task_of(stated: Stated, name: str, file: Path) -> Task:
@@ -22,7 +29,7 @@ def task_of(stated: Stated, name: str, file: Path) -> Task:
     family = FAMILIES[name]
     classes = stated.get("architectures") or []
     if not classes:
-        return {"decoder": "causal-lm", "encoder": "embedding", "encoder-decoder": "seq2seq-lm"}[family.kind]  # type: ignore[return-value]
+        return UNSAID[family.kind]
     wanted = str(classes[0])
     if wanted.endswith("ForPreTraining") and family.kind == "encoder":
         return "masked-lm"  # BERT's pair of heads; the one for pairs of sentences is left aside
