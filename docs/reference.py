@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer.main
 
@@ -56,6 +58,8 @@ RESULT = {
             "description": "SHA-256 that names the artifact's content and origin.",
         },
         "metrics": {"type": "object", "description": "The artifact's metrics under the field's names."},
+        "plan": {"type": "object", "description": "plan: by training, what it will cost; null is not known yet."},
+        "paused": {"type": "object", "description": "--until-step was reached: stage, step, steps; no artifact yet."},
         "stages": {"type": "object", "description": "By place: what was made now, or (status) how it stands."},
     },
 }
@@ -89,12 +93,21 @@ def recipe_page() -> str:
     return "\n".join(parts)
 
 
+def commands(group: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command with its whole name; those of a group (`bench train`) one by one."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{above}{name} ")
+        else:
+            yield above + name, command
+
+
 def commands_page() -> str:
     """What each command does and takes."""
     group = typer.main.get_command(cli.app)
     common = set(cli._COMMON)
     parts = ["# Commands", "", "*Generated from the command line by `make docs`.*", ""]
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    for name, command in commands(group):
         parts += [f"## llmctl {name}", "", (command.help or "").strip(), ""]
         for parameter in command.params:
             if parameter.name in common or parameter.name == "help":

@@ -364,6 +364,7 @@ class Job:
     device: Device
     sources_index: Mapping[str, Any] = field(default_factory=dict)  # what the next check needs not to hash again
     deadline: float | None = None  # time.monotonic() at which --max-time is over
+    until_step: int | None = None  # of a training: stop after it, with the state saved
     resolved: dict[str, Any] = field(default_factory=dict)  # what this machine chose where the recipe says "auto"
     started: float = field(default_factory=time.time)
 

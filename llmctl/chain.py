@@ -12,16 +12,17 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl import console, recipe
+from llmctl import console, launch, recipe
 from llmctl.artifact import MANIFEST, Artifact, Job, Run, Settings, write_json
-from llmctl.errors import DataError, GateError, RecipeError, TimeUp, UsageError
+from llmctl.errors import DataError, GateError, Interrupted, Paused, RecipeError, TimeUp, UsageError
 from llmctl.model import origin
 from llmctl.recipe import Recipe
 from llmctl.text import sources
@@ -47,9 +48,9 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("prep", "llmctl.prep.stage:prep", 1, "tokens", ("prep",)),
+        Stage("prep", "llmctl.prep.stage:prep", 2, "tokens", ("prep",)),
         Stage("import", "llmctl.importing.stage:import_model", 2, "model", ()),
-        Stage("pretrain", "llmctl.pretrain.stage:pretrain", 1, "model", ("model", "pretrain"), resumes=True),
+        Stage("pretrain", "llmctl.pretrain.stage:pretrain", 2, "model", ("model", "pretrain"), resumes=True),
         Stage("finetune", "llmctl.finetune.stage:finetune", 1, "model", ("finetune",), resumes=True),
         Stage("eval", "llmctl.eval.stage:evaluate", 1, "evaluation", ("eval",)),
         Stage("export", "llmctl.export.stage:export", 1, "export", ("export",)),
@@ -79,6 +80,7 @@ class Options:
     dry_run: bool = False
     wait_lock: bool = False
     deadline: float | None = None
+    until_step: int | None = None  # of the training that was asked for
     overrides: tuple[str, ...] = ()
 
 
@@ -156,10 +158,16 @@ def eval_step(made: Recipe, subject: str) -> Step:
 def export_steps(made: Recipe, subject: str) -> list[Step]:
     """One step a format."""
     section = made.section("export")
+    folder = exports(subject)
     return [
-        Step(STAGES["export"], f"export/{subject}/{VARIANTS[name].format(section)}", {"model": subject}, name)
+        Step(STAGES["export"], f"{folder}/{VARIANTS[name].format(section)}", {"model": subject}, name)
         for name in section.formats
     ]
+
+
+def exports(subject: str) -> str:
+    """Where the exports of the model at `subject` lie."""
+    return f"export/{subject.replace('/', '.')}"
 
 
 # ------------------------------------------------------------------------------------------------------ how it stands
@@ -243,7 +251,7 @@ def source_names(made: Recipe, step: Step) -> list[str]:
         "export": tuple(filter(None, [made.section("export").text])),
     }
     evaluation = made.section("eval")
-    is_base = step.inputs.get("model", "").removeprefix("export/").partition("/")[0] == "pretrain"  # it has no turns
+    is_base = "pretrain" in re.split(r"[./]", step.inputs.get("model", ""))  # it has no turns
     chats = () if is_base else evaluation.conversations or (made.finetune.sources if made.finetune else ())
     names["eval"] = (*evaluation.text, *evaluation.tasks, *chats)
     return list(dict.fromkeys(names.get(step.stage.name, ())))
@@ -398,16 +406,23 @@ def make(
         UsageError: an expensive remake that was not allowed, an unfinished training with other settings or other data;
             before anything is touched.
         GateError: a metric that `[eval.require]` asks for was missed.
+        Paused: --until-step was reached.
     """
     from llmctl import device
 
+    if launch.rank() > 0:
+        return _take_part(made, run, options)
     with contextlib.ExitStack() as held:
+        held.enter_context(launch.leading())
         if not options.dry_run:
             held.enter_context(run.lock(options.wait_lock))
         chosen = device.pick(options.device)
         again = {step.place for step in goal if asked is None or step.place in asked} if options.rebuild else set()
         goal = _as_started(made, run, goal)
         _refuse_all(made, run, goal, again)
+        for step in goal:
+            if step.stage.resumes:
+                launch.check_batch(made.section(step.stage.name).global_batch_size, f"[{step.place}] global_batch_size")
         done: list[tuple[Step, Artifact, bool]] = []
         before: dict[str, State] = {}
         for step in goal:
@@ -422,7 +437,8 @@ def make(
                     _drop(run, step)
                 else:
                     _refuse(made, run, step, state, [])
-                artifact = _run_step(made, run, step, state, chosen, options)
+                until = options.until_step if step.place in (asked or ()) else None
+                artifact = _run_step(made, run, step, state, chosen, dataclasses.replace(options, until_step=until))
                 state = State("up to date", (), artifact, state.settings)
                 done.append((step, artifact, True))
             else:
@@ -453,17 +469,20 @@ def _run_step(made: Recipe, run: Run, step: Step, state: State, chosen: Device, 
         if state.artifact is None and any(run.work(step.place).glob("step-*")):
             console.warn(f"what {step.place} was begun with is not known any more; it starts over")
         _sweep(run, step)
-    job = Job(made, run, step.place, state.settings, inputs, chosen, state.index, options.deadline)
+    ends = (options.deadline, options.until_step)
+    chosen = launch.share(chosen) if step.stage.resumes else chosen
+    job = Job(made, run, step.place, state.settings, inputs, chosen, state.index, *ends)
     if step.stage.kind in ("tokens", "model") or not options.overrides:  # flags of eval and export are for this call
         write_resolved(made, run, options)
     if step.stage.resumes:
         start = {**state.settings.as_json(), "index": state.index}
         write_json(job.work / "settings.json", start)
-    module, _, function = step.stage.function.partition(":")
     console.event("stage_started", stage=step.stage.name, place=step.place)
     with console.log_to(run.path / "logs" / f"{step.stage.name}.log"):
         try:
-            artifact: Artifact = getattr(importlib.import_module(module), function)(job)
+            with _together(job) if step.stage.resumes else contextlib.nullcontext():
+                artifact = _work_of(step)(job)
+            assert artifact is not None
         except (DataError, UsageError, RecipeError):
             if step.stage.resumes and not any(job.work.glob("step-*")):
                 _sweep(run, step)  # refused before its first step: nothing is unfinished
@@ -477,6 +496,35 @@ def _run_step(made: Recipe, run: Run, step: Step, state: State, chosen: Device, 
     )
     point_current(run)
     return artifact
+
+
+def _together(job: Job) -> contextlib.AbstractContextManager[None]:
+    """Brings all ranks to a training."""
+    word = {"inputs": {role: made.identity for role, made in job.inputs.items()}, "until_step": job.until_step}
+    return launch.together(job.place, word, job.recipe.section(job.settings.stage).rank_timeout, job.device)
+
+
+def _take_part(made: Recipe, run: Run, options: Options) -> list[tuple[Step, Artifact, bool]]:
+    """What a rank but the first does: it trains what that one begins, and makes nothing of its own."""
+    from llmctl import device
+
+    chosen, stages = launch.share(device.pick(options.device)), {step.place: step for step in steps(made, run)}
+    for place, word in launch.trainings():
+        step, section = stages[place], made.section(place)
+        met = launch.together(place, word, section.rank_timeout, chosen)
+        with contextlib.suppress(Interrupted, TimeUp, Paused), met:
+            inputs = {role: _input(run, where) for role, where in step.inputs.items()}
+            launch.agree_on({role: found.identity for role, found in inputs.items()}, word["inputs"])
+            settings = Settings("model", place, step.stage.version, made.seed, _sections(made, step), word["inputs"])
+            _work_of(step)(Job(made, run, place, settings, inputs, chosen, until_step=word["until_step"]))
+    return []
+
+
+def _work_of(step: Step) -> Callable[[Job], Artifact | None]:
+    """The stage's function. Of a training it returns None on all ranks but the first, which publishes."""
+    module, _, function = step.stage.function.partition(":")
+    found: Callable[[Job], Artifact | None] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def _input(run: Run, place: str) -> Artifact:

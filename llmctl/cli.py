@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import llmctl
-from llmctl import console
-from llmctl.errors import DataError, Interrupted, LlmctlError, RunError, UsageError
+from llmctl import console, launch
+from llmctl.errors import DataError, Interrupted, LlmctlError, Paused, RunError, UsageError
 
 if TYPE_CHECKING:
     from llmctl.artifact import Artifact
@@ -41,6 +41,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+benches = typer.Typer(help="Measure this machine on a recipe's own work.", no_args_is_help=True)
+app.add_typer(benches, name="bench", rich_help_panel=AROUND)
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,15 @@ class Call:
         )
         return found
 
-    def options(self, *aliases: str) -> Options:
+    def options(self, *aliases: str, until_step: int | None = None) -> Options:
         """The flags as the chain takes them."""
         from llmctl.chain import Options
 
         deadline = time.monotonic() + _seconds(self.max_time) if self.max_time else None
         overrides = (*aliases, *self.set_)
-        return Options(self.device, self.rebuild, self.upstream, self.dry_run, self.wait_lock, deadline, overrides)
+        return Options(
+            self.device, self.rebuild, self.upstream, self.dry_run, self.wait_lock, deadline, until_step, overrides
+        )
 
 
 Target_ = Annotated[
@@ -86,6 +90,18 @@ Target_ = Annotated[
     typer.Argument(
         metavar="[TARGET]", help="A recipe (.toml), a run or an artifact; default: the current run.", show_default=False
     ),
+]
+
+UntilStep = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Stop after step N with the state saved; the schedule stays.", show_default=False
+    ),
+]
+
+Nproc = Annotated[
+    int,
+    typer.Option(metavar="N", min=1, help="Train with N processes here: one a GPU, or a share of the CPU's threads."),
 ]
 
 
@@ -109,7 +125,9 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 }
 
 
-def command(panel: str, *, name: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+def command(
+    panel: str | None, *, name: str | None = None, group: typer.Typer = app
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Registers a command whose function takes a `Call` first; the common flags are added to its signature."""
 
     def register(function: Callable[..., Any]) -> Callable[..., None]:
@@ -127,7 +145,7 @@ def command(panel: str, *, name: str | None = None) -> Callable[[Callable[..., A
 
         run.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *common]}
-        return app.command(name, rich_help_panel=panel)(run)
+        return group.command(name, rich_help_panel=panel)(run)
 
     return register
 
@@ -140,6 +158,8 @@ def _guarded(work: Callable[[], Outcome], call: Call) -> int:
     try:
         console.configure(json=call.json, quiet=call.quiet, verbose=call.verbose, events=call.events)
         signal.signal(signal.SIGTERM, _terminate)
+        if launch.rank():
+            console.mute()
         made = work()
     except LlmctlError as problem:
         return _failed(problem, call.verbose)
@@ -218,12 +238,17 @@ def _document(artifact: Artifact | None, **more: Any) -> dict[str, Any]:
 
 
 def _make(
-    call: Call, target: Target, goal: list[Step], *aliases: str, asked: Sequence[str] | None = None
+    call: Call,
+    target: Target,
+    goal: list[Step],
+    *aliases: str,
+    asked: Sequence[str] | None = None,
+    until_step: int | None = None,
 ) -> dict[str, Any]:
     """Makes `goal`, says what was up to date, and gives the JSON document. `asked`: see `chain.make`."""
     from llmctl import chain
 
-    done = chain.make(target.recipe, target.run, goal, call.options(*aliases), asked)
+    done = chain.make(target.recipe, target.run, goal, call.options(*aliases, until_step=until_step), asked)
     for step, artifact, fresh in done:
         if not fresh and step is goal[-1]:
             console.say(f"{step.place} is up to date: {artifact.path} {artifact.short} (--rebuild makes it again)")
@@ -233,8 +258,19 @@ def _make(
     )
 
 
-def _train(call: Call, target: Target, name: str, *aliases: str) -> dict[str, Any]:
-    """A stage and what is missing before it."""
+def _train(
+    call: Call, name: str | None, place: str, *aliases: str, until_step: int | None = None, nproc: int = 1
+) -> dict[str, Any]:
+    """A stage of the target `name` and what is missing before it, on so many ranks."""
+    with _ranks(call, nproc):
+        return _upto(call, call.target(name, *aliases), place, *aliases, until_step=until_step)
+
+
+def _ranks(call: Call, nproc: int) -> contextlib.AbstractContextManager[None]:
+    return launch.processes(nproc, functools.partial(_failed, verbose=call.verbose))
+
+
+def _upto(call: Call, target: Target, name: str, *aliases: str, until_step: int | None = None) -> dict[str, Any]:
     from llmctl import chain
 
     every = chain.steps(target.recipe, target.run)
@@ -251,7 +287,11 @@ def _train(call: Call, target: Target, name: str, *aliases: str) -> dict[str, An
                     f"{step.place} is {state.word}, and --no-upstream was given", hint=f"llmctl {step.stage.name} first"
                 )
         goal = [step for step in goal if step.place == place]
-    return _make(call, target, goal, *aliases, asked=[place])
+    try:
+        return _make(call, target, goal, *aliases, asked=[place], until_step=until_step)
+    except Paused as paused:
+        console.say(f"{paused} (the same command without --until-step goes on)")
+        return _document(None, paused={"stage": paused.stage, "step": paused.step, "steps": paused.steps})
 
 
 # ------------------------------------------------------------------------------------------------------------- stages
@@ -270,13 +310,13 @@ def prep(
 
         stage.preview(found.recipe, preview)
         return _document(None)
-    return _train(call, found, "prep")
+    return _upto(call, found, "prep")
 
 
 @command(STAGES)
-def pretrain(call: Call, target: Target_ = None) -> dict[str, Any]:
+def pretrain(call: Call, target: Target_ = None, until_step: UntilStep = None, nproc: Nproc = 1) -> dict[str, Any]:
     """Train a model on the tokens of prep."""
-    return _train(call, call.target(target), "pretrain")
+    return _train(call, target, "pretrain", until_step=until_step, nproc=nproc)
 
 
 @command(STAGES)
@@ -284,10 +324,12 @@ def finetune(
     call: Call,
     target: Target_ = None,
     method: Annotated[str, typer.Option(help="full or lora; alias of finetune.method.", show_default=False)] = "",
+    until_step: UntilStep = None,
+    nproc: Nproc = 1,
 ) -> dict[str, Any]:
     """Teach the model to chat."""
     aliases = [f'finetune.method="{method}"'] * bool(method)
-    return _train(call, call.target(target, *aliases), "finetune", *aliases)
+    return _train(call, target, "finetune", *aliases, until_step=until_step, nproc=nproc)
 
 
 @command(STAGES, name="eval")
@@ -404,11 +446,12 @@ def serve(
 
 
 @command(AROUND)
-def run(call: Call, target: Target_ = None) -> dict[str, Any]:
+def run(call: Call, target: Target_ = None, nproc: Nproc = 1) -> dict[str, Any]:
     """Everything from prep to export that is not up to date."""
     from llmctl import status
 
-    return status.run(call.target(target), call.options())
+    with _ranks(call, nproc):
+        return status.run(call.target(target), call.options())
 
 
 @command(AROUND, name="import")
@@ -501,6 +544,41 @@ def chat(
 
 
 @command(AROUND)
+def plan(
+    call: Call,
+    target: Target_ = None,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="Plan for this GPU (h100, a100-80, l4, ...) instead of this machine.")
+    ] = "",
+    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="Plan for N processes, one a GPU.")] = 1,
+    mfu: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the device's peak to expect.", show_default="0.4")
+    ] = 0.0,
+) -> dict[str, Any]:
+    """What a training will cost: parameters, operations, memory, time; whether it fits, and what would make it fit."""
+    from llmctl import device
+    from llmctl import plan as room
+
+    found = room.plan_of(call.target(target), device.pick(call.device), gpu=gpu, nproc=nproc, mfu=mfu)
+    return _document(None, plan=found)
+
+
+@command(None, name="train", group=benches)
+def bench_train(call: Call, target: Target_ = None) -> dict[str, Any]:
+    """How fast a recipe's training step is here: tokens a second, and its share of the best matrix product."""
+    from llmctl import device
+    from llmctl.bench import train as room
+
+    found, chosen = call.target(target), device.pick(call.device)
+    if call.dry_run:
+        console.say(f"would train {found.recipe.file} on random tokens for some seconds")
+        return _document(None)
+    measured = room.train(found.recipe, chosen)
+    room.show(measured)
+    return {"artifact": None, "identity": None, "metrics": measured, **measured}
+
+
+@command(AROUND)
 def init(
     call: Call,
     folder: Annotated[Path | None, typer.Argument(help="A folder or file of your text.", show_default=False)] = None,
@@ -569,8 +647,9 @@ def main() -> None:
     """The console script."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # say it, or tokenizers warns after a fork
     # OpenMP's threads spin while they wait. Beside another busy process that made a small model's step 15 to 30 times
-    # slower on two cores. Sleeping instead costs a tiny model up to half its speed on a machine that is quiet.
+    # slower on two cores. They sleep instead, after a look of some microseconds, which gives a tiny model a tenth.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         sys.exit(app(standalone_mode=False))
     except BrokenPipeError:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -75,6 +76,16 @@ def close() -> None:
         if stream is not None:
             stream.close()
     _state.events = _state.log = None
+
+
+def mute() -> None:
+    """Prints nothing from now on: this process takes part in what another one reports."""
+    _state.json, _state.quiet, _state.silenced, _state.live = False, True, True, None
+    _state.events = _state.log = None
+    if not _state.verbose:
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # libraries have their say too
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
 
 
 @contextmanager
@@ -266,9 +277,11 @@ class Progress:
 
     def __init__(self, name: str, total: float | None, unit: str, opening: str) -> None:
         self.name, self.total, self.unit, self.opening = name, total, unit, opening
-        self._start = self._last = time.monotonic()
+        self._start = self._last = self._updated = time.monotonic()
         self._first: float | None = None
+        self._shown = opening or "working"
         self._bar: Any = None
+        self._ended, self._telling = threading.Event(), threading.Lock()
 
     def __enter__(self) -> Progress:
         if is_terminal() and not _state.silenced:
@@ -283,15 +296,33 @@ class Progress:
             self._bar = Bar(*columns, console=_rich(), transient=True, refresh_per_second=4)
             self._task = self._bar.add_task("", total=self.total, text=self.opening)
             self._bar.start()
-        elif self.opening:
-            stage(self.name, self.opening)
+        else:
+            if self.opening:
+                stage(self.name, self.opening)
+            threading.Thread(target=self._speak_in_silence, name="llmctl-progress", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         if self._bar is not None:
             self._bar.stop()
+
+    def _speak_in_silence(self) -> None:
+        """While a step compiles or an evaluation runs: CI systems take a process that says nothing for dead."""
+        while not self._ended.wait(max(0.1, self._last + PLAIN_EVERY - time.monotonic())):
+            age = time.monotonic() - self._updated
+            since = f" · {duration(age)}" + (" ago" if self._first is not None else "")
+            self._tell(self._shown + (since if age > PLAIN_EVERY / 10 else ""))
+
+    def _tell(self, text: str) -> None:
+        """A plain line, if it is time for one."""
+        with self._telling:
+            now = time.monotonic()
+            if now - self._last >= PLAIN_EVERY and not self._ended.is_set():
+                self._last = now
+                stage(self.name, text)
 
     def update(self, done: float, text: str = "") -> None:
         """`done` of the total is finished; `text` says what a person wants to know now."""
@@ -303,10 +334,10 @@ class Progress:
         shown = " · ".join(part for part in (text or f"{count(done)} {self.unit}", eta) if part)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=shown)
-        elif now - self._last >= PLAIN_EVERY:
-            self._last = now
-            share = f"{100 * done / self.total:3.0f} % · " if self.total else ""
-            stage(self.name, share + shown)
+            return
+        share = f"{100 * done / self.total:3.0f} % · " if self.total else ""
+        self._shown, self._updated = share + shown, now
+        self._tell(self._shown)
 
 
 def progress(name: str, *, total: float | None = None, unit: str = "", opening: str = "") -> Progress:

@@ -11,7 +11,8 @@
     ├── TimeUp          75   --max-time is over; the state is saved
     └── Interrupted  130/143 Ctrl-C or SIGTERM; the state is saved
 
-Anything else that escapes is a bug in llmctl: exit 70. `status --exit-code` alone uses 1.
+Paused is none of them: --until-step was reached, exit 0. Anything else that escapes is a bug in llmctl: exit 70.
+`status --exit-code` alone uses 1.
 """
 
 from __future__ import annotations
@@ -78,6 +79,14 @@ class BusyError(LlmctlError):
 
 class TimeUp(LlmctlError):
     exit_code, code = 75, "time"
+
+
+class Paused(Exception):
+    """--until-step was reached and the state is saved: what was asked for, and no artifact yet."""
+
+    def __init__(self, stage: str, step: int, steps: int) -> None:
+        super().__init__(f"{stage} is at step {step:,} of {steps:,}; its state is saved, and there is no artifact yet")
+        self.stage, self.step, self.steps = stage, step, steps
 
 
 class Interrupted(LlmctlError):

@@ -47,7 +47,7 @@ class Target:
         if model.kind == "export":
             return model
         exports = []
-        for manifest in (self.run.path / "export" / model.place).glob("onnx-*/" + MANIFEST):
+        for manifest in (self.run.path / chain.exports(model.place)).glob("onnx-*/" + MANIFEST):
             found = Artifact.open(manifest.parent)
             if any(entry["identity"] == model.identity for entry in found.inputs):
                 exports.append(found)
@@ -70,7 +70,7 @@ def resolve(
         return _bare(Path(name), run_dir, overrides, dry_run)
     if name is not None and (name.endswith(".toml") or Path(name).is_file()):
         made = recipe.load(Path(name), overrides)
-        run = Run(run_dir if run_dir is not None else RUNS / made.name)
+        run = _run_in(run_dir) if run_dir is not None else Run(RUNS / made.name)
         run.mend()
         return Target(made, run, f"recipe {name} in {run.path}")
     path, why = _folder(name, run_dir)
@@ -84,12 +84,40 @@ def resolve(
             return Target(bare, Run(path), f"{path}: {artifact.place} {artifact.short}, apart from its run", artifact)
         run = Run(path.parents[depth - 1] if len(path.parts) > depth else artifact.run_path())
         return Target(_recipe_of(run, overrides), run, f"{path}: {artifact.place} {artifact.short}{why}", artifact)
-    if (path / RESOLVED).exists() or any((path / place / MANIFEST).exists() for place in ("prep", *chain.MODEL_PLACES)):
+    if _is_run(path):
         run = Run(path)
         return Target(_recipe_of(run, overrides), run, f"run {path}{why}")
     if (path / "config.json").exists():
         return _bare(path, run_dir, overrides, dry_run)
     raise UsageError(f"{path} is neither a recipe nor a run, an artifact or a Hugging Face folder", hint=_candidates())
+
+
+def _run_in(path: Path) -> Run:
+    """The run of --run-dir, which may be a new one. A mistyped path must not train anew where nobody looks for it.
+
+    Raises:
+        UsageError: a file, a folder of something else, a folder inside a run.
+    """
+    inside = next((run for run in path.absolute().parents if (run / RESOLVED).is_file()), None)
+    file = next((part for part in (path, *path.parents) if part.is_file()), None)
+    if inside is not None or file is not None:
+        why = f"lies inside the run {inside}" if inside is not None else f"is no folder: {file} is a file"
+    elif not path.exists():
+        console.note(f"{path} is a new run")
+        return Run(path)
+    else:  # an empty name, of a script's variable, is this folder
+        only_logs = all(entry.suffix in LOGS and entry.is_file() for entry in path.iterdir())  # a script's, or nothing
+        if _is_run(path) or (path / ".lock").exists() or (path != Path() and only_logs):
+            return Run(path)
+        why = "is no run"
+    raise UsageError(f"--run-dir: {path} {why}", hint="name a run, or a folder that is new or empty")
+
+
+_MADE, LOGS = ("prep", *chain.MODEL_PLACES), (".json", ".jsonl", ".log")
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / place).exists() for place in (RESOLVED, *(f"{place}/{MANIFEST}" for place in _MADE)))
 
 
 def _folder(name: str | None, run_dir: Path | None) -> tuple[Path, str]:
@@ -189,7 +217,7 @@ def bring_in(
     if not re.fullmatch(recipe.NAME, name) or name == "current":
         hint = "letters, digits, dots, hyphens and underscores, a letter or digit first, at most 64; not current"
         raise UsageError(f"{name!r} is no run's name", hint=hint)
-    run = Run(run_dir if run_dir is not None else RUNS / name)
+    run = _run_in(run_dir) if run_dir is not None else Run(RUNS / name)
     if run_dir is None and run.path.is_symlink():
         raise UsageError(f"{run.path} is a link to {run.path.readlink()}", hint="name the run itself, or another one")
     if found.kind == "folder" and found.path.resolve().is_relative_to(run.path.resolve()):

@@ -355,12 +355,12 @@ def test_a_damaged_cheap_artifact_is_remade(finished: Project) -> None:
 
 STOP = """
 import os, llmctl.training.checkpoint as c
-save = c.save
+write = c.write
 def deadly(work, state, *more):
-    save(work, state, *more)
-    if state.step == {}:
+    write(work, state, *more)
+    if state['step'] == {}:
         os.kill(os.getpid(), 9)
-c.save = deadly
+c.write = deadly
 """
 
 

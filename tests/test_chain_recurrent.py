@@ -17,12 +17,12 @@ from tests.warm import Warm
 INTERRUPTED = """
 import os, signal, llmctl.training.objectives as o
 loss, calls = o.loss, 0
-def stopped(*args):
+def stopped(*args, **more):
     global calls
     calls += 1
     if calls == 6:
         os.kill(os.getpid(), signal.SIGINT)
-    return loss(*args)
+    return loss(*args, **more)
 o.loss = stopped
 """
 

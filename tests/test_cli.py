@@ -16,8 +16,8 @@ import pytest
 from tests.project import Project
 
 STAGES = ["prep", "pretrain", "finetune", "eval", "export", "serve"]
-AROUND = ["run", "status", "verify", "chat", "init", "report", "doctor"]
-COMMANDS = STAGES + AROUND
+AROUND = ["run", "status", "verify", "chat", "plan", "init", "report", "doctor"]
+COMMANDS = [*STAGES, *AROUND, "bench train"]
 HEAVY = {"torch", "numpy", "onnx", "onnxruntime", "transformers", "tokenizers", "sentencepiece", "safetensors", "scipy"}
 
 
@@ -60,7 +60,7 @@ def test_looking_imports_nothing_heavy(finished: Project, args: list[str], more:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(fresh: Project, command: str) -> None:
-    done = fresh.llmctl(command, "--help")
+    done = fresh.llmctl(*command.split(), "--help")
     assert done.code == 0
     assert done.out.split("\n\n")[0].strip()
     for flag in ("--set", "--json", "--dry-run", "--device", "--max-time"):
@@ -72,7 +72,7 @@ def test_the_help_lists_two_panels(fresh: Project) -> None:
     stages, around = text.index("Stages"), text.index("Around them")
     for command in STAGES:
         assert stages < text.index(f" {command} ") < around
-    for command in AROUND:
+    for command in [*AROUND, "bench"]:
         assert text.rindex(f" {command} ") > around
 
 
@@ -222,15 +222,17 @@ SUCCESS: dict[str, list[str]] = {
     "status": ["t.toml"],
     "verify": ["runs/t"],
     "chat": ["runs/t", "-p", "What is 1 and 1?", "--max-tokens", "4"],
+    "plan": ["t.toml"],
     "init": ["text", "-o", "new.toml"],
     "report": ["runs/t"],
     "doctor": [],
+    "bench train": ["t.toml"],
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_one_document_on_success(finished: Project, command: str) -> None:
-    done = finished.llmctl(command, *SUCCESS[command], "--json")
+    done = finished.llmctl(*command.split(), *SUCCESS[command], "--json")
     assert done.code == 0, done.err
     assert set(done.json) >= {"ok", "error", "artifact", "identity", "metrics"}
     assert done.json["ok"] is True
@@ -244,7 +246,7 @@ def test_one_document_on_failure(fresh: Project, command: str) -> None:
     for args in (["nowhere.toml"], ["--no-such-flag"], ["--set", "nonsense"], ["--max-time", "soon"]):
         if command in ("doctor", "init", "report", "verify", "status", "serve", "chat") and args[0] != "--no-such-flag":
             args = ["nowhere.toml", "--no-such-flag"]
-        done = fresh.llmctl(command, *args, "--json")
+        done = fresh.llmctl(*command.split(), *args, "--json")
         assert done.code == 2, (args, done.err)
         assert done.json["ok"] is False
         assert done.json["error"]["code"] in ("usage", "recipe")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,6 +149,26 @@ def test_what_takes_long_before_the_first_step_is_said_at_once(capsys: pytest.Ca
         live.update(1)
     with console.progress("pretrain", total=100):
         pass
+    assert capsys.readouterr().out == ""
+
+
+def test_a_pipe_hears_of_us_while_the_first_step_compiles(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And while an evaluation takes its time: nobody calls `update` then."""
+    monkeypatch.setattr(console, "PLAIN_EVERY", 0.15)
+    console.configure()
+    with console.progress("pretrain", total=100, unit="steps", opening="compiling") as live:
+        time.sleep(0.4)
+        live.update(1, "step 1/100")
+        time.sleep(0.4)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["pretrain", "compiling"]
+    assert lines[1][:3] == ["pretrain", "compiling", "·"]
+    assert lines[-1][:7] == ["pretrain", "1", "%", "·", "step", "1/100", "·"]
+    assert lines[-1][-2:] == ["s", "ago"]
+    assert 4 <= len(lines) <= 7
+    time.sleep(0.3)
     assert capsys.readouterr().out == ""
 
 

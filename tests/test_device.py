@@ -92,3 +92,60 @@ def test_this_machine() -> None:
     assert 1 <= device.cpu_quota() <= (os.cpu_count() or 1)
     assert device.cpu_isa() <= set(device.ISA)
     assert device.cpu_name()
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA GeForce RTX 3090", "3090"),
+        ("Tesla T4", "t4"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("Tesla V100-SXM2-32GB", "v100-32"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA T400", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name: str, key: str | None) -> None:
+    assert device.gpu(name) == (device.GPUS[key] if key else None)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_best_product_is_the_yardstick(dtype: str) -> None:
+    """At least as fast as a product measured by hand: the best of many is never below one of them, by much."""
+    import time
+
+    import torch
+
+    rate = device.gemm_rate("cpu", dtype, seconds=0.1)
+    one = torch.ones((512, 512), dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    torch.mm(one, one)
+    start = time.perf_counter()
+    torch.mm(one, one)
+    assert rate > 0.3 * 2 * 512**3 / (time.perf_counter() - start)
+
+
+def test_a_type_that_is_slow_here_takes_no_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    now, calls, counted = 0.0, 0, torch.mm
+
+    def slow(*args: torch.Tensor) -> torch.Tensor:
+        nonlocal now, calls
+        now, calls = now + 2.0, calls + 1
+        return counted(*args)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    monkeypatch.setattr(torch, "mm", slow)
+    assert device.gemm_rate("cpu", "fp32") == 2 * 512**3 / 2.0
+    assert calls == 2

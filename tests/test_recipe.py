@@ -98,6 +98,21 @@ MISTAKES = {
     "name": ("seed = 1\nname = '../x'", 2, "`name`", ""),
     "reserved name": ("name = 'current'", 1, "`name`", ""),
     "no prep": ("name='x'\n[pretrain]\nmax_steps = 1", None, "[pretrain] needs a [prep] section", ""),
+    "mixture of another": (
+        "[prep]\nsources=['a','b']\n[pretrain]\nmixture={a=1,c=1}", None, "mixture: 'c' is none of [prep] sources", ""
+    ),
+    "mixture of some": (
+        "[prep]\nsources=['a','b']\n[pretrain]\nmixture={a=1}", None, "mixture: 'b' has no weight (0 leaves it out)", ""
+    ),
+    "mixture of nothing": (
+        "[prep]\nsources=['a','b']\n[pretrain]\nmixture={a=0,b=0}", None, "one of the weights must be above 0", ""
+    ),
+    "weight below nothing": (
+        "[prep]\nsources=['a']\n[pretrain]\nmixture={a=-1}", 4, "greater than or equal to 0", "--keys pretrain"
+    ),
+    "middles of no fim": (
+        "[prep]\nsources='x'\n[pretrain]\nfim_rate=0.5", 3, 'objective = "fim", or leave the key out', "--keys pretrain"
+    ),
     "origin": ("origin = 3", 1, "`origin`", ""),
     "origin's root": ("[origin]\nroot = 3", 2, "[origin] root", ""),
 }  # fmt: skip
@@ -182,6 +197,23 @@ def test_a_base_in_another_folder_keeps_its_own_paths(tmp_path: Path) -> None:
     assert made.prep.sources == ("../shared/notes.txt", "builtin:python-stdlib")  # relative: a checkout may move
     assert made.eval.text == ("mine.txt",)
     assert made.root == tmp_path / "here"
+
+
+def test_a_mixture_names_its_sources_as_they_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the base lies and wherever the user stands, its keys follow the sources."""
+    text = "[prep]\nsources = ['a', 'builtin:python-stdlib']\n[pretrain]\n"
+    written(tmp_path, text + "mixture = {a = 2, 'builtin:python-stdlib' = 1}\n", "shared/base.toml")
+    path = written(tmp_path, "base = '../shared/base.toml'\n", "here/r.toml")
+    made = recipe.load(path)
+    assert made.section("pretrain").mixture == {"../shared/a": 2.0, "builtin:python-stdlib": 1.0}
+    kept = recipe.load(written(tmp_path, recipe.resolved(made, []), "runs/kept.toml"))
+    assert kept.section("pretrain").mixture == made.section("pretrain").mixture
+    monkeypatch.chdir(tmp_path / "shared")
+    overrides = ["prep.sources=['a', '../b']", "pretrain.mixture={'a' = 1, '../b' = 0}"]
+    outside = recipe.load(tmp_path / "shared/base.toml", overrides)
+    assert outside.section("pretrain").mixture == {"a": 1.0, str(tmp_path / "b"): 0.0}
+    there = recipe.load(written(tmp_path, text, "r.toml"), overrides)
+    assert there.section("pretrain").mixture == {"shared/a": 1.0, "b": 0.0}
 
 
 def test_a_repository_means_the_same_from_any_folder(tmp_path: Path) -> None:
@@ -324,10 +356,12 @@ def test_every_file_name_suggests_a_valid_run_name(tmp_path: Path, stem: str, na
 
 def test_operational_keys_are_never_declared() -> None:
     """What decides how a call runs and not what it makes must not make an artifact stale."""
+    of_training = {"micro_batch_size", "compile", "eval_every", "save_every", "keep_last", "keep_every", "log_every"}
+    of_training |= {"report_to", "strategy", "activation_checkpointing", "rank_timeout"}
     operational = {
         "model": {"convert_pickle"},
-        "pretrain": {"micro_batch_size", "compile", "eval_every", "save_every", "log_every", "prompts", "sample_every"},
-        "finetune": {"micro_batch_size", "compile", "eval_every", "save_every", "log_every"},
+        "pretrain": of_training | {"prompts", "sample_every"},
+        "finetune": of_training,
         "eval": {"require"},
         "serve": {"host", "port", "api_key", "served_model_name", "max_model_len", "runtime", "dtype"},
     }

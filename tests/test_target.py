@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -90,6 +91,57 @@ def test_a_mistyped_path_is_an_error_and_nothing_starts(finished: Project, targe
         assert done.code == 2, (command, done.out)
         assert message in done.err
     assert finished.files() == before
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "why"),
+    [
+        ("text", "text is no run"),
+        ("t.toml", "t.toml is a file"),
+        ("t.toml/x", "t.toml is a file"),
+        ("", ". is no run"),
+        (".", ". is no run"),
+        ("runs/t/pretrian", "lies inside the run"),
+        ("runs/t/pretrain", "lies inside the run"),
+        ("runs/t/.work/pretrain/step-00000003", "lies inside the run"),
+    ],
+)
+def test_a_mistyped_run_folder_is_an_error_and_nothing_starts(finished: Project, run_dir: str, why: str) -> None:
+    """Fault 8, where a recipe is named too: what can be no run's folder is not made into one."""
+    before = finished.files()
+    for command in ("pretrain", "run"):
+        done = finished.llmctl(command, "t.toml", "--run-dir", run_dir)
+        assert done.code == 2, (command, done.out, done.err)
+        assert why in done.err
+    assert finished.files() == before
+
+
+def test_a_run_folder_that_is_new_is_told(finished: Project) -> None:
+    """Fault 8: a mistyped one that could be meant is never begun in silence."""
+    done = finished.llmctl("prep", "t.toml", "--run-dir", "runs/tt")
+    assert done.code == 0, done.err
+    assert "note: runs/tt is a new run" in done.out
+    assert "is a new run" not in finished.llmctl("prep", "t.toml", "--run-dir", "runs/tt").out
+    (finished.path / "empty").mkdir()
+    assert finished.llmctl("prep", "t.toml", "--run-dir", "empty").code == 0
+    (finished.path / "ci").mkdir()
+    (finished.path / "ci" / "doctor.json").write_text("{}")  # what a script wrote there before
+    assert finished.llmctl("prep", "t.toml", "--run-dir", "ci").code == 0
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["runs/typo", "text", "t.toml", "runs", "runs/t/.work", "runs/t/checkpoints/pretrain/step-00000004", "a\0b", None],
+)
+def test_a_mistyped_model_to_start_from_is_an_error_and_nothing_trains(finished: Project, source: str | None) -> None:
+    """Fault 8: `[model] from`; None is a script's variable that is not set."""
+    (finished.run / ".work").mkdir(exist_ok=True)
+    keys = json.dumps(source) if source is not None else ""
+    done = finished.llmctl("pretrain", "t.toml", "--run-dir", "runs/new", "--set", f"model.from={keys}", "--json")
+    assert done.code in (2, 3), done.err
+    assert done.json["error"]["code"] in ("recipe", "data")
+    assert not (finished.path / "runs/new/pretrain").exists()
+    assert not (finished.path / "runs/new/.work/pretrain").exists()
 
 
 @pytest.mark.parametrize("variable", ["runs/typo", "t.toml/x"])

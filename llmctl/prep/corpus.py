@@ -1,6 +1,7 @@
 """The cleaned documents, on disk between reading and encoding: a corpus larger than memory can be split and sampled.
 
-One JSON line a document: the text, where it came from, and whether the split's hash holds it out.
+One JSON line a document: the text, where it came from (the file, and the source that named it), and whether the split's
+hash holds it out.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from llmctl.errors import DataError
 from llmctl.text.sources import Document, is_held_out
@@ -33,6 +34,15 @@ class Split:
         return "hash" if self.by_hash else "tail"
 
 
+class Entry(NamedTuple):
+    """A document of the corpus."""
+
+    text: str
+    origin: str  # the file as shown
+    source: str  # of [prep] sources
+    held_out: bool
+
+
 class Corpus:
     """Documents in the order they were read: `with` it they are written, after it they can be read several times."""
 
@@ -50,11 +60,11 @@ class Corpus:
             self._stream.close()
             self._stream = None
 
-    def add(self, document: Document, text: str, val_percent: float) -> None:
-        """Appends a document, whose text is now `text`."""
+    def add(self, document: Document, text: str, val_percent: float, source: str = "") -> None:
+        """Appends a document of a source, whose text is now `text`."""
         held_out = is_held_out(document, val_percent)
         assert self._stream is not None
-        self._stream.write(json.dumps([text, document.origin, held_out], ensure_ascii=False) + "\n")
+        self._stream.write(json.dumps([text, document.origin, source, held_out], ensure_ascii=False) + "\n")
         self.documents += 1
         self.characters += len(text)
         self.bytes += len(text.encode())
@@ -80,7 +90,7 @@ class Corpus:
     def _after_newline(self, target: int) -> int:
         """The end of a line near `target`, at most a quarter of the tail away; else `target` itself."""
         reach, start = (self.characters - target) // 4, 0
-        for text, _, _ in self._read():
+        for text, _, _, _ in self._read():
             if start + len(text) >= target:
                 here = target - start
                 before = text.rfind("\n", max(0, here - reach), here)
@@ -88,25 +98,26 @@ class Corpus:
             start += len(text)
         return target
 
-    def __iter__(self) -> Iterator[tuple[str, str, bool]]:
-        """(text, origin, held out) of each document, in the split that `split` chose."""
+    def __iter__(self) -> Iterator[Entry]:
+        """Each document, in the split that `split` chose."""
         split, start = self.split, 0
-        for text, origin, held_out in self._read():
+        for entry in self._read():
             if split.by_hash:
-                yield text, origin, held_out
+                yield entry
                 continue
+            text = entry.text
             here = min(max(split.cut - start, 0), len(text))
             if here:
-                yield text[:here], origin, False
+                yield entry._replace(text=text[:here], held_out=False)
             if here < len(text):
-                yield text[here:], origin, True
+                yield entry._replace(text=text[here:], held_out=True)
             start += len(text)
 
     def blocks(self, limit: int) -> Iterator[str]:
         """The training text, or blocks spread evenly over it that come to about `limit` bytes."""
         share = min(1.0, limit / max(1, self.bytes))
         number = 0
-        for text, _, held_out in self:
+        for text, _, _, held_out in self:
             if held_out:
                 continue
             if share == 1.0:
@@ -117,8 +128,7 @@ class Corpus:
                 if int(number * share) > int((number - 1) * share):
                     yield text[start : start + BLOCK]
 
-    def _read(self) -> Iterator[tuple[str, str, bool]]:
+    def _read(self) -> Iterator[Entry]:
         with self._path.open(encoding="utf-8", newline="\n") as stream:
             for line in stream:
-                text, origin, held_out = json.loads(line)
-                yield text, origin, held_out
+                yield Entry(*json.loads(line))

@@ -12,7 +12,7 @@ from llmctl import console
 from llmctl.artifact import Artifact, Job
 from llmctl.errors import DataError, TimeUp
 from llmctl.prep.cleaning import Cleaner
-from llmctl.prep.corpus import Corpus
+from llmctl.prep.corpus import Corpus, Entry
 from llmctl.recipe import PrepSection, Recipe
 from llmctl.text import extension, shards, sources, tokenizer
 from llmctl.text.chat import ChatTemplate
@@ -34,10 +34,10 @@ def prep(job: Job) -> Artifact:
     tally, cleaner = Tally(), Cleaner(section.normalize)
 
     with Corpus(job.work / "documents.jsonl") as corpus, console.progress("prep", unit="documents") as live:
-        for document in _read(section, job.recipe.root, tally):
+        for source, document in _read(section, job.recipe.root, tally):
             text = cleaner.clean(document.text)
             if text is not None:
-                corpus.add(document, text, section.val_percent)
+                corpus.add(document, text, section.val_percent, source)
             if tally.documents % 256 == 0:
                 live.update(tally.documents, f"reading · {tally.documents:,} documents · {console.size(tally.bytes)}")
                 _keep_time(job)
@@ -49,7 +49,7 @@ def prep(job: Job) -> Artifact:
         writer = shards.Writer(staging.path, len(vocabulary), vocabulary.begin_id, _end(vocabulary, section))
         with writer, console.progress("prep", total=corpus.bytes, unit="bytes") as live:
             for number, encoded in enumerate(_encode(corpus, vocabulary, job)):
-                writer.add(encoded.split, encoded.ids, encoded.bytes)
+                writer.add(encoded.split, encoded.ids, encoded.bytes, encoded.source)
                 longest = max(longest, len(encoded.ids))
                 if number % every == 0 and len(samples) < SHOWN:
                     samples.append(_sample(encoded))
@@ -72,7 +72,7 @@ def preview(recipe: Recipe, count: int) -> None:
     """Shows the first `count` documents as they will be, cleaned; writes nothing."""
     section, tally = recipe.section("prep"), Tally()
     cleaner = Cleaner(section.normalize)
-    for document in _read(section, recipe.root, tally):
+    for _, document in _read(section, recipe.root, tally):
         text = cleaner.clean(document.text)
         if text is None:
             continue
@@ -88,10 +88,12 @@ def preview(recipe: Recipe, count: int) -> None:
     )
 
 
-def _read(section: PrepSection, root: Path, tally: Tally) -> Iterator[Document]:
-    """The documents of all sources, one after the other."""
+def _read(section: PrepSection, root: Path, tally: Tally) -> Iterator[tuple[str, Document]]:
+    """The documents of all sources, one after the other, each with its source."""
     for source in section.sources:
-        yield from sources.documents(source, root, text_key=section.text_key, on_error=section.on_error, tally=tally)
+        found = sources.documents(source, root, text_key=section.text_key, on_error=section.on_error, tally=tally)
+        for document in found:
+            yield source, document
 
 
 def _tokenizer(section: PrepSection, root: Path, corpus: Corpus) -> Tokenizer:
@@ -123,6 +125,7 @@ class Encoded(NamedTuple):
 
     text: str
     origin: str
+    source: str
     split: str
     ids: list[int]
 
@@ -135,17 +138,17 @@ def _encode(corpus: Corpus, vocabulary: Tokenizer, job: Job) -> Iterator[Encoded
     """The corpus, a batch at a time encoded on all threads."""
     for batch in _batches(corpus):
         _keep_time(job)
-        encoded = vocabulary.encode_batch([text for text, _, _ in batch], job.device.threads)
-        for (text, origin, held_out), ids in zip(batch, encoded, strict=True):
-            yield Encoded(text, origin, "val" if held_out else "train", ids)
+        encoded = vocabulary.encode_batch([document.text for document in batch], job.device.threads)
+        for (text, origin, source, held_out), ids in zip(batch, encoded, strict=True):
+            yield Encoded(text, origin, source, "val" if held_out else "train", ids)
 
 
-def _batches(corpus: Corpus) -> Iterator[list[tuple[str, str, bool]]]:
-    batch: list[tuple[str, str, bool]] = []
+def _batches(corpus: Corpus) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
     characters = 0
     for document in corpus:
         batch.append(document)
-        characters += len(document[0])
+        characters += len(document.text)
         if characters >= BATCH:
             yield batch
             batch, characters = [], 0

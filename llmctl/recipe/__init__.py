@@ -8,17 +8,15 @@ from llmctl.recipe.schema import (
     SECTIONS,
     EvalSection,
     ExportSection,
-    FinetuneSection,
     ModelSection,
     OriginSection,
     PrepSection,
-    PretrainSection,
     Recipe,
     ServeSection,
     TokenizerSection,
-    TrainingSection,
 )
-from llmctl.recipe.section import Section
+from llmctl.recipe.section import Section, seconds
+from llmctl.recipe.training import FinetuneSection, PretrainSection, TrainingSection
 from llmctl.recipe.writing import json_schema, reference, resolved
 
 __all__ = [
@@ -45,4 +43,5 @@ __all__ = [
     "of",
     "reference",
     "resolved",
+    "seconds",
 ]

@@ -128,10 +128,11 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-# Keys whose values are paths (or sources, which may be paths).
-PATHS = (("prep", "sources"), ("prep", "tokenizer", "from"), ("model", "from"), ("finetune", "sources"), ("eval",
-"text"), ("eval", "tasks"),
-         ("eval", "conversations"), ("export", "text"))  # fmt: skip
+# Keys whose values (of a table: whose keys) are paths, or sources, which may be paths.
+PATHS = (
+    ("prep", "sources"), ("prep", "tokenizer", "from"), ("model", "from"), ("pretrain", "mixture"),
+    ("finetune", "sources"), ("eval", "text"), ("eval", "tasks"), ("eval", "conversations"), ("export", "text"),
+)  # fmt: skip
 
 
 def _rebased(
@@ -158,6 +159,8 @@ def rewrite_paths(table: dict[str, Any], change: Callable[[tuple[str, ...], str]
             holder[key[-1]] = value if _fixed(value) else change(key, value)
         elif isinstance(value, list):
             holder[key[-1]] = [item if _fixed(item) else change(key, item) for item in value]
+        elif isinstance(value, dict):
+            holder[key[-1]] = {name if _fixed(name) else change(key, name): item for name, item in value.items()}
     return copy
 
 
@@ -187,6 +190,8 @@ def parse_override(argument: str) -> tuple[tuple[str, ...], Any]:
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string, as a shell user expects
     parts = tuple(key.strip().split("."))
+    if parts == ("model", "from") and not text:  # a script's variable that is not set would train another model
+        raise RecipeError(f"--set {argument}: no path is given", hint=f"if none is meant: --set '{argument}\"\"'")
     return parts, _from_here(value) if parts in PATHS else value
 
 
@@ -194,6 +199,8 @@ def _from_here(value: Any) -> Any:
     """A shell user names files from where they stand, not from where the recipe lies."""
     if isinstance(value, list):
         return [_from_here(item) for item in value]
+    if isinstance(value, dict):
+        return {_from_here(name): item for name, item in value.items()}
     return value if _fixed(value) or not value else os.path.abspath(value)  # noqa: PTH100 (it takes ".." away, too)
 
 
@@ -201,6 +208,8 @@ def _below(root: Path, value: Any) -> Any:
     """A path as the recipe itself would spell it, so that giving it by --set makes no other artifact."""
     if isinstance(value, list):
         return [_below(root, item) for item in value]
+    if isinstance(value, dict):
+        return {_below(root, name): item for name, item in value.items()}
     inside = isinstance(value, str) and not is_builtin(value) and Path(value).is_relative_to(root)
     return Path(value).relative_to(root).as_posix() if inside else value
 

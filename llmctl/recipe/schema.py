@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from llmctl.recipe.section import OneOrMany, Positive, Section, Sources, operational
+from llmctl.recipe.training import FinetuneSection, PretrainSection
 
 
 class TokenizerSection(Section):
@@ -148,117 +149,6 @@ class ModelSection(Section):
         return value
 
 
-class TrainingSection(Section):
-    """What pretraining and finetuning share."""
-
-    max_steps: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Optimiser steps; default: from `epochs`. 0: the weights as they are before training."
-    )
-    epochs: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Passes over the training data; default 1, unless max_steps is given."
-    )
-    global_batch_size: Positive | None = Field(
-        None, description="Sequences an optimiser step; default: derived, and printed."
-    )
-    micro_batch_size: Literal["auto"] | Positive = operational(
-        "auto", "Sequences at a time through the model; gradients are accumulated up to global_batch_size."
-    )
-    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Peak learning rate; default: derived from the optimiser and the width."
-    )
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="The last learning rate as a share of the peak."
-    )
-    lr_scheduler: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine", description="cosine; wsd: warm-up, stable, then a linear decay; constant."
-    )
-    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Steps of linear warm-up; default: 2 % of the steps, at least 10."
-    )
-    decay_ratio: Annotated[float, Field(gt=0, le=1)] = Field(0.4, description="wsd: share of the steps spent decaying.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.1, description="Decoupled weight decay on matrices; norms, biases and embeddings have none."
-    )
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="Gradients are clipped to this global norm; 0 turns it off."
-    )
-    dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto",
-        description="Of the matrix products. auto: bf16 where the device multiplies it fast. fp32 on CPU is "
-        "bitwise repeatable.",
-    )
-    compile: Literal["auto"] | bool = operational(
-        "auto",
-        "torch.compile. auto: where a C++ compiler is and the run is long enough to pay for it; stored and "
-        "reused on resume.",
-    )
-    eval_every: Annotated[int, Field(ge=0)] | None = operational(
-        None, "Steps between validations; default: ten a run. 0: only at the end."
-    )
-    save_every: Annotated[int, Field(ge=0)] | None = operational(
-        None, "Steps between checkpoints; default: ten a run. 0: only when stopped."
-    )
-    log_every: Positive = operational(10, "Steps between lines of metrics.jsonl.")
-
-
-class PretrainSection(TrainingSection):
-    """Training from scratch, or on, on the tokens of prep. What is learned follows from `[model] family`."""
-
-    optimizer: Literal["muon", "adamw"] = Field(
-        "muon",
-        description="muon: torch.optim.Muon for matrices, AdamW for embeddings and norms. adamw: for everything.",
-    )
-    prompts: tuple[str, ...] = operational(
-        (),
-        "What the model is asked now and then, for samples.jsonl: texts to continue, or with <mask> (encoders) or "
-        "<extra_id_0> (t5) to fill in; default: from the validation text.",
-    )
-    sample_every: Annotated[int, Field(ge=0)] | None = operational(
-        None, "Steps between samples; default: with each validation."
-    )
-
-
-class FinetuneSection(TrainingSection):
-    """Chat finetuning: loss on the assistant's tokens only."""
-
-    sources: Sources = Field(
-        description="JSONL of `messages`, prompt/completion, Alpaca or ShareGPT shape, or `builtin:python-docstrings`."
-    )
-    on_error: Literal["stop", "skip"] = Field(
-        "stop", description="A line that can't be used: stop with its file and line, or count and skip it."
-    )
-    val_percent: Annotated[float, Field(gt=0, lt=50)] = Field(
-        6.0, description="Share of conversations held out, by the same hash as prep's."
-    )
-    max_seq_length: Positive | None = Field(
-        None,
-        description="Longest conversation in tokens; longer ones are left out and counted. Default: the model's "
-        "context.",
-    )
-    max_examples: Positive | None = Field(None, description="Use at most this many conversations, chosen by the seed.")
-    system: str = Field("", description="A system message put before conversations that have none.")
-    method: Literal["full", "lora"] = Field(
-        "full",
-        description="full: all weights. lora: low-rank adapters (arXiv:2106.09685), published beside the merged model.",
-    )
-    lora_r: Positive = Field(16, description="Rank of the adapters.")
-    lora_alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="Scale of the adapters: alpha / r.")
-    lora_target_modules: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        description="Which projections get an adapter.",
-    )
-    optimizer: Literal["muon", "adamw"] = Field(
-        "adamw", description="As in [pretrain]; adamw is the usual choice here."
-    )
-
-    @field_validator("sources")
-    @classmethod
-    def _not_empty(cls, value: Sources) -> Sources:
-        if not value:
-            raise ValueError("names no source")
-        return value
-
-
 class EvalSection(Section):
     """How good the last model is, beside the one it was made from."""
 
@@ -368,6 +258,14 @@ class Recipe(Section):
     def _makes_sense(self) -> Recipe:
         if self.pretrain is not None and self.prep is None:
             raise ValueError("[pretrain] needs a [prep] section: it trains on prep's tokens")
+        if self.pretrain is not None and self.prep is not None and self.pretrain.mixture:
+            mixture, known = self.pretrain.mixture, self.prep.sources
+            for name in (*mixture, *known):
+                if name not in known or name not in mixture:
+                    what = "is none of [prep] sources" if name in mixture else "has no weight (0 leaves it out)"
+                    raise ValueError(f"[pretrain] mixture: {name!r} {what}")
+            if not sum(mixture.values()):
+                raise ValueError("[pretrain] mixture: one of the weights must be above 0")
         family = self.model.family if self.model is not None and not self.model.source else ""
         if family in ENCODERS + ENCODER_DECODERS:
             kind = "an encoder" if family in ENCODERS else "an encoder-decoder"

@@ -24,6 +24,12 @@ class OneOrMany:
         return {"anyOf": [many, many["items"]]}
 
 
+def seconds(text: str) -> float:
+    """`90s`, `30m` or `2h` in seconds."""
+    return float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1]]
+
+
+Time = Annotated[str, Field(pattern=r"^$|^\d+(\.\d+)?[smh]$")]  # see `seconds`; empty: none
 Positive = Annotated[int, Field(gt=0)]
 Sources = Annotated[tuple[str, ...], OneOrMany()]
 

@@ -1,6 +1,7 @@
 """Tokens on disk, and the endless, exactly resumable stream of batches that training reads from them.
 
-    index.json       {"dtype", "vocab_size", "bos", "eos", "splits": {split: {"tokens", "documents", "bytes", "shards"}}
+    index.json       {"dtype", "vocab_size", "bos", "eos", "splits": {split: {"tokens", "documents", "bytes", "shards",
+                     "sources": [{"source", "tokens"}]}}}, a split's documents lying source after source
     train-00000.bin  little-endian uint16 (uint32 above 65,536 pieces): a document is `<s> ids </s>`
                      (or other marks, as the tokenizer has them: text/tokenizer.py says who adds what)
 
@@ -10,7 +11,7 @@ Shards are memory-mapped: a corpus of any size costs no memory. B batch, T max_s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmctl.errors import DataError
+from llmctl.text import order
 
 if TYPE_CHECKING:
     from llmctl.text.tokenizer import Tokenizer
@@ -50,9 +52,9 @@ class Writer:
             "splits": self._splits,
         }
 
-    def add(self, split: str, ids: Sequence[int], bytes_: int) -> None:
+    def add(self, split: str, ids: Sequence[int], bytes_: int, source: str = "") -> None:
         """Appends a document to a split; `bytes_` is the size of its text in UTF-8."""
-        entry = self._splits.setdefault(split, {"tokens": 0, "documents": 0, "bytes": 0, "shards": []})
+        entry = self._splits.setdefault(split, {"tokens": 0, "documents": 0, "bytes": 0, "shards": [], "sources": []})
         if split not in self._open:
             name = f"{split}-{len(entry['shards']):05}.bin"
             self._open[split] = (self._folder / name).open("wb")
@@ -60,8 +62,11 @@ class Writer:
         document = np.array([*self._bos, *ids, *self._eos], dtype=self._dtype)
         self._open[split].write(document.tobytes())
         shard = entry["shards"][-1]
-        for counts in (entry, shard):
+        if not entry["sources"] or entry["sources"][-1]["source"] != source:
+            entry["sources"].append({"source": source, "tokens": 0})
+        for counts in (entry, shard, entry["sources"][-1]):
             counts["tokens"] += len(document)
+        for counts in (entry, shard):
             counts["documents"] += 1
         entry["bytes"] += bytes_
         self.bytes += bytes_
@@ -92,6 +97,7 @@ class Shards:
     eos: int
     documents: int
     bytes: int  # of the text in UTF-8: what bits per byte divides by
+    sources: tuple[tuple[str, int], ...] = ()  # of [prep] sources in the order of the tokens, and how many of each
 
     @classmethod
     def open(cls, folder: Path, split: str) -> Shards:
@@ -106,6 +112,7 @@ class Shards:
             entry = index["splits"][split]
             dtype = np.dtype(index["dtype"]).newbyteorder("<")
             shards = [(str(shard["file"]), int(shard["tokens"])) for shard in entry["shards"]]
+            sources = tuple((str(run["source"]), int(run["tokens"])) for run in entry.get("sources", []))
         except FileNotFoundError:
             raise DataError(
                 "no token shards here (index.json is missing)", file=folder, hint="llmctl prep makes them"
@@ -125,9 +132,8 @@ class Shards:
                 raise DataError(message, file=file, hint="llmctl prep makes it anew")
             parts.append(np.memmap(file, dtype=dtype, mode="r"))
         starts = tuple(int(start) for start in np.cumsum([0, *(len(part) for part in parts)]))
-        return cls(
-            tuple(parts), starts, index["vocab_size"], index["bos"], index["eos"], entry["documents"], entry["bytes"]
-        )
+        bos, eos, documents, bytes_ = index["bos"], index["eos"], entry["documents"], entry["bytes"]
+        return cls(tuple(parts), starts, index["vocab_size"], bos, eos, documents, bytes_, sources)
 
     def __len__(self) -> int:
         """Tokens, with the `<s>` and `</s>` of each document."""
@@ -158,40 +164,94 @@ class Shards:
         return b"".join(tokenizer.decode(ids.tolist()).encode() for ids in self.documents_ids())
 
 
+@dataclass(frozen=True)
+class Windows:
+    """The windows of T + 1 tokens that a stretch of a split is cut into, neighbours sharing one.
+
+    Each epoch cuts at another offset and shuffles, both drawn from the seed and the epoch. Nothing is kept of it.
+    """
+
+    first: int  # token
+    tokens: int
+    length: int  # T
+    seed: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Windows in an epoch: those that fit at every offset, at least one."""
+        return max(1, (self.tokens - self.length) // self.length)
+
+    def starts(self, numbers: Ids) -> Ids:
+        """The first token of each window, by its number since the first of the first epoch."""
+        epochs, within = np.divmod(numbers, self.count)
+        found = np.empty_like(numbers)
+        for epoch in np.unique(epochs):
+            random, here = np.random.default_rng([*self.seed, int(epoch)]), epochs == epoch
+            offset = random.integers(min(self.length, self.tokens - self.count * self.length))
+            keys = random.integers(2**63 - 1, size=order.ROUNDS)
+            found[here] = self.first + offset + order.shuffled(within[here], self.count, keys) * self.length
+        return found
+
+
 def batches(
-    shards: Shards, *, seed: int, max_seq_length: int, batch_size: int, position: int = 0
+    shards: Shards,
+    *,
+    seed: int,
+    max_seq_length: int,
+    batch_size: int,
+    position: int = 0,
+    mixture: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[Ids, int]]:
     """Samples (B, T+1) without end, with the position after them: the next T tokens and, shifted by one, their targets.
 
-    The split is cut into windows of T+1 tokens, neighbours sharing one; each epoch cuts at another offset and shuffles
-    the windows, both drawn from (seed, epoch). `position` counts samples since the start, so a run resumes on the exact
-    next sample, and the order of samples is the same whatever the batch size.
+    `position` counts samples since the start, and everything follows from it, so a run resumes on the exact next
+    sample, and the order of samples is the same whatever the batch size.
+
+    Args:
+        mixture: how much is drawn of each source, in any unit; 0 draws none. A sample is then of one source. Left out:
+            the split as it is, from one end to the other.
 
     Raises:
-        DataError: the split is shorter than one window.
+        DataError: the split, or a source of the mixture, is shorter than one window; or prep knows no such source.
     """
-    if len(shards) < max_seq_length + 1:
-        message = f"the split has {len(shards):,} tokens; a context of {max_seq_length:,} needs one more than itself"
-        raise DataError(
-            message,
-            hint=f"set [model] max_seq_length = {max(8, len(shards) // 8)} or less, or add text to [prep] sources",
-        )
-    count = windows(shards, max_seq_length)
-    spare = min(max_seq_length, len(shards) - count * max_seq_length)  # offsets at which `count` windows still fit
-    epoch, order, offset = -1, np.empty(0, dtype=np.int64), 0
+    if mixture is None:
+        parts, mixed = [Windows(0, _long_enough(len(shards), max_seq_length), max_seq_length, (seed,))], None
+    else:
+        drawn = {name: weight for name, weight in mixture.items() if weight > 0}
+        parts = [
+            Windows(first, _long_enough(tokens, max_seq_length, name), max_seq_length, (seed, number))
+            for number, (name, (first, tokens)) in enumerate((name, _stretch(shards, name)) for name in drawn)
+        ]
+        mixed = order.Mixture(list(drawn.values()))
     while True:
+        numbers = np.arange(position, position + batch_size)
+        owner, numbers = (np.zeros_like(numbers), numbers) if mixed is None else mixed(numbers)
         batch = np.empty((batch_size, max_seq_length + 1), dtype=np.int64)
-        for row in range(batch_size):
-            if position // count != epoch:
-                epoch = position // count
-                random = np.random.default_rng([seed, epoch])
-                offset, order = int(random.integers(spare)), random.permutation(count)
-            start = offset + int(order[position % count]) * max_seq_length
-            batch[row] = shards[start : start + max_seq_length + 1]
-            position += 1
+        for index, part in enumerate(parts):
+            rows = np.flatnonzero(owner == index)
+            for row, start in zip(rows, part.starts(numbers[rows]), strict=True):
+                batch[row] = shards[int(start) : int(start) + max_seq_length + 1]
+        position += batch_size
         yield batch, position
 
 
-def windows(shards: Shards, max_seq_length: int) -> int:
-    """Samples in an epoch: windows that fit at every offset, at least one."""
-    return max(1, (len(shards) - max_seq_length) // max_seq_length)
+def _stretch(shards: Shards, source: str) -> tuple[int, int]:
+    """The first token of a source, and how many there are."""
+    first = 0
+    for name, tokens in shards.sources:
+        if name == source:
+            return first, tokens
+        first += tokens
+    raise DataError(
+        f"prep has no training text of {source!r}", hint="see its funnel: perhaps every document of it is a duplicate"
+    )
+
+
+def _long_enough(tokens: int, max_seq_length: int, source: str = "") -> int:
+    if tokens < max_seq_length + 1:
+        raise DataError(
+            f"{source or 'the split'} has {tokens:,} tokens; a context of {max_seq_length:,} needs one more than "
+            "itself",
+            hint=f"set [model] max_seq_length = {max(8, tokens // 8)} or less, or add text to [prep] sources",
+        )
+    return tokens

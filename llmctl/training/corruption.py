@@ -1,4 +1,4 @@
-"""What is hidden from a model that learns by filling in: single tokens (BERT) or spans (T5). NumPy, on the host.
+"""What is hidden from a model that learns by filling in: tokens or words (BERT), spans (T5), blanks (GLM).
 
 Everything random follows from (seed, number of the sample), so a resumed run, another batch size and a validation
 with its fixed seed hide the same tokens.
@@ -8,10 +8,13 @@ with its fixed seed hide the same tokens.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 
 from llmctl.errors import RecipeError
+from llmctl.text.words import Words
 from llmctl.training.batch import IGNORED, Ids
 
 Flags = npt.NDArray[np.bool_]
@@ -26,15 +29,27 @@ def generator(seed: int, sample: int) -> np.random.Generator:
     return np.random.default_rng([sample, seed, 0xC0FFEE])
 
 
-def mask(ids: Ids, random: np.random.Generator, *, mask_id: int, special: Ids, ordinary: Ids) -> tuple[Ids, Ids]:
+def mask(
+    ids: Ids,
+    random: np.random.Generator,
+    *,
+    mask_id: int,
+    special: Ids,
+    ordinary: Ids,
+    words: Words | None = None,
+) -> tuple[Ids, Ids]:
     """BERT's masking of a window, (T,) -> what the model reads and its labels, (T,) each.
 
     `DENSITY` of the tokens that are not `special`, at least one, are to be predicted. A random token is one of
-    `ordinary`.
+    `ordinary`. With `words` the tokens of a word are chosen together, so that none gives the others away: no more than
+    as many tokens, and what each then reads is drawn apart (BERT's "Whole Word Masking" models of May 2019).
     """
     candidates = np.flatnonzero(~np.isin(ids, special))
     count = min(len(candidates), max(1, round(len(candidates) * DENSITY)))
     chosen = random.permutation(candidates)[:count]
+    if words is not None:
+        chosen = _whole(candidates, words.numbers(ids)[candidates], count, random)
+        count = len(chosen)
     labels = np.full_like(ids, IGNORED)
     labels[chosen] = ids[chosen]
     fate = random.random(count)
@@ -45,6 +60,15 @@ def mask(ids: Ids, random: np.random.Generator, *, mask_id: int, special: Ids, o
     return read, labels
 
 
+def _whole(candidates: Ids, numbers: Ids, count: int, random: np.random.Generator) -> Ids:
+    """Those of the candidates, `numbers` of whose words are given, that are in words drawn until `count` is full."""
+    _, word, sizes = np.unique(numbers, return_inverse=True, return_counts=True)
+    fitting = np.flatnonzero(sizes <= count)
+    drawn = random.permutation(fitting)
+    drawn = drawn[np.cumsum(sizes[drawn]) <= count]
+    return candidates[np.isin(word, drawn)] if len(fitting) else random.permutation(candidates)[:count]
+
+
 def spans(ids: Ids, random: np.random.Generator, *, sentinels: Ids, eos: int) -> tuple[Ids, Ids]:
     """T5's span corruption of a window, (T,) -> inputs and targets, whose lengths depend on T alone.
 
@@ -53,6 +77,39 @@ def spans(ids: Ids, random: np.random.Generator, *, sentinels: Ids, eos: int) ->
     """
     hidden = noise(len(ids), random)
     return _without(ids, hidden, sentinels), np.append(_without(ids, ~hidden, sentinels), eos)
+
+
+def blanks(ids: Ids, random: np.random.Generator, *, sentinels: Ids, eos: int, pad: int) -> tuple[Ids, Ids]:
+    """Blank infilling of a window for a decoder, (T + 1,) -> what it reads and its labels, (T,) each.
+
+    As in GLM (Du et al. 2021, arXiv:2103.10360, section 2.1): spans are cut out of a text and follow it in a random
+    order; only they are supervised. Each is replaced by a sentinel of its own, which it then follows, and `eos` ends
+    it: GLM's one [MASK], [START] and [END], and its second position encoding, which says to which blank a span belongs.
+    Unlike there the text with its blanks is read causally, since a decoder's attention is: from left to right.
+
+    The text is as long as leaves room for the spans, which take three more tokens each; what is left over is padding.
+    """
+    text = ids[: blanks_length(len(ids))]
+    hidden = noise(len(text), random)
+    edges = np.flatnonzero(np.diff(hidden, prepend=False, append=False)).reshape(-1, 2)
+    said, counts = (
+        [_without(text, hidden, sentinels)],
+        [np.zeros(len(text) - hidden.sum() + len(edges), dtype=np.bool_)],
+    )
+    for span in random.permutation(len(edges)):
+        first, end = edges[span]
+        said += [sentinels[span : span + 1], text[first:end], np.array([eos])]
+        counts += [np.array([False]), np.ones(end - first + 1, dtype=np.bool_)]
+    whole, supervised = np.concatenate(said), np.concatenate(counts)
+    left = len(ids) - len(whole)
+    read = np.concatenate((whole[:-1], np.full(left, pad)))
+    return read, np.concatenate((np.where(supervised[1:], whole[1:], IGNORED), np.full(left, IGNORED)))
+
+
+@functools.cache
+def blanks_length(room: int) -> int:
+    """The longest text that, with blanks and what fills them, takes at most `room` tokens."""
+    return next(length for length in range(room, 1, -1) if length + 3 * span_count(length) <= room)
 
 
 def noise(length: int, random: np.random.Generator) -> Flags:

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmctl import console
+from llmctl import console, launch
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Adds a line. `row["step"]` says after which step it was written."""
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(_line(row))
+    if launch.rank() == 0:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(_line(row))
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -36,7 +37,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 def rewind(path: Path, step: int) -> None:
     """Drops what was written after `step`: those steps are about to run again."""
     kept = [row for row in read(path) if row["step"] <= step]
-    if path.exists():
+    if path.exists() and launch.rank() == 0:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
         temporary.replace(path)

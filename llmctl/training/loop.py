@@ -4,10 +4,8 @@ events.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,13 +15,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from llmctl import console
-from llmctl.errors import RunError
-from llmctl.training import optim
+from llmctl.training import distributed, movement, optim, randomness
 from llmctl.training.batch import Batch
-from llmctl.training.objectives import Loss
-
-BAD_STEPS = 20  # this many steps with a NaN or Inf in a row are no accident
+from llmctl.training.distributed import ALONE, Ranks
+from llmctl.training.ema import Ema
+from llmctl.training.guard import Guard, OnSpike
+from llmctl.training.precision import LossScale, Precision
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,8 @@ class Step:
     tokens: int  # positions that went through the model
     seconds: float
     position: int
-    skipped: bool = False  # a NaN or an Inf: the weights were left alone
+    skipped: bool = False  # a NaN, an Inf or a leap of the loss: the weights were left alone
+    update_norm: float | None = None  # of what the step changed, over that of the weights; measured now and then
 
     @property
     def tokens_per_second(self) -> float:
@@ -49,17 +47,24 @@ class Step:
 
 
 def train(
-    model: nn.Module,
+    learner: nn.Module,
     optimizers: Sequence[Optimizer],
     batches: Iterable[Batch],
-    loss: Loss,
     *,
     steps: range,
     rate: Callable[[int], float],
     micro_batch: int,
     max_grad_norm: float,
-    autocast: bool,
+    precision: Precision,
     stop: Callable[[], bool],
+    measure_every: int = 0,
+    scale: LossScale | None = None,
+    ranks: Ranks = ALONE,
+    guard: Guard | None = None,
+    on_spike: OnSpike = "skip",
+    roll_back: Callable[[], int | None] = lambda: None,
+    halved: Callable[[int], int] | None = None,
+    ema: Ema | None = None,
 ) -> Iterator[Step]:
     """Trains for `steps` (0-based) and yields each when it is finished.
 
@@ -67,101 +72,90 @@ def train(
     random state is as it was before it, so that going on from the last finished step is bitwise what an uninterrupted
     run does.
 
+    Args:
+        learner: `objectives.Learner`, or what DDP or FSDP made of it.
+        micro_batch: sequences at a time, on each of the `ranks`.
+        scale: of the loss, with fp16; its numbers belong to the resume state, as the guard's do.
+        measure_every: of every so many steps, `Step.update_norm`; 0: of none.
+        roll_back: loads the last checkpoint and returns the step (0-based) to go on with, if there is one.
+        halved: says which micro-batch to go on with where one is too large for the GPU; asked in the first step alone.
+
     Raises:
-        RunError: BAD_STEPS steps in a row had a loss or gradient that is no number.
+        RunError: see `Guard.judge`.
     """
-    device = next(model.parameters()).device
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    source, bad = iter(batches), 0
-    model.train()
-    for number in steps:
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+    source, number, guard = iter(batches), steps.start, guard or Guard()
+    learner.train()
+    seed = torch.initial_seed()
+    while number < steps.stop:
         start = time.perf_counter()
-        if stop():
+        if ranks.any(stop()):
             return
         batch = next(source)
-        random_state = torch.get_rng_state()
-        supervised = batch.supervised
+        mine = ranks.mine(batch)
+        drawn = randomness.states(precision.device)
+        ranks.stir(seed, number)
+        share = (1.0 if scale is None else scale.scale) / batch.supervised
         optim.set_rate(optimizers, rate(number))
         # ------------------------------------------------------------------------------------- a single training step
-        total = torch.zeros((), device=device, dtype=torch.float64)
-        for first in range(0, len(batch), micro_batch):
-            if stop():
-                torch.set_rng_state(random_state)
-                for optimizer in optimizers:
-                    optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=precision.device, dtype=torch.float64)
+        first = 0
+        while first < len(mine):
+            if ranks.any(stop()):
+                randomness.put_back(drawn, precision.device)
+                _forget(optimizers)
                 return
-            rows = batch.rows(first, micro_batch)
-            tensors = [torch.from_numpy(part).to(device) for part in (*rows.inputs, rows.labels)]
-            with precision(device, autocast):
-                part = loss(model, *tensors)
-            (part / supervised).backward()  # type: ignore[no-untyped-call]
+            tensors, named = mine.rows(slice(first, first + micro_batch)).tensors(precision.device)
+            try:
+                with distributed.accumulating(learner, last=first + micro_batch >= len(mine)):
+                    with precision.autocast():
+                        part = learner(*tensors, **named)
+                    (part * share).backward()
+            except torch.OutOfMemoryError:
+                if halved is None or number > steps.start or micro_batch == 1:
+                    raise
+                randomness.put_back(drawn, precision.device)
+                _forget(optimizers)
+                micro_batch, first = halved(micro_batch), 0
+                total.zero_()
+                continue
             total += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-        mean, gradient_norm = float(total) / supervised, float(norm)
-        skipped = not (math.isfinite(mean) and math.isfinite(gradient_norm))
-        if not skipped:
+            first += micro_batch
+        if scale is not None:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / scale.scale)
+        norm = distributed.clip(parameters, max_grad_norm or math.inf)
+        mean, gradient_norm = float(ranks.total(total)) / batch.supervised, float(norm)
+        verdict = guard.judge(mean, gradient_norm, on_spike)
+        update_norm = None
+        if verdict == "step":
+            before = movement.snapshot(parameters) if measure_every and (number + 1) % measure_every == 0 else None
             for optimizer in optimizers:
                 optimizer.step()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            if before is not None:
+                change, weight = ranks.total(movement.movement(parameters, before).to(precision.device)).tolist()
+                update_norm = math.sqrt(change / weight) if weight else None
+            if ema is not None:
+                ema.follow(number + 1)
+        _forget(optimizers)
         # ------------------------------------------------------------------------------------------------------------
-        bad = bad + 1 if skipped else 0
-        if bad == BAD_STEPS:
-            raise RunError(
-                f"the loss was no number for {bad} steps in a row (step {number + 1})",
-                hint='lower learning_rate, or dtype = "fp32"',
-            )
-        lr = optimizers[0].param_groups[0]["lr"]
-        yield Step(
-            number + 1, mean, gradient_norm, lr, batch.tokens, time.perf_counter() - start, batch.position, skipped
-        )
+        if scale is not None:
+            scale.follow(overflowed=not math.isfinite(gradient_norm))
+        if verdict == "roll back" and (back := roll_back()) is not None:
+            number = back
+            continue
+        number += 1
+        lr, seconds, skipped = optimizers[0].param_groups[0]["lr"], time.perf_counter() - start, verdict != "step"
+        yield Step(number, mean, gradient_norm, lr, batch.tokens, seconds, batch.position, skipped, update_norm)
 
 
-def precision(device: torch.device, autocast: bool) -> contextlib.AbstractContextManager[None]:
-    """bf16 matrix products over fp32 weights, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
-
-
-def compiled(
-    loss: Loss, wanted: str | bool, flops: float, device: torch.device, kind: str = "decoder"
-) -> tuple[Loss, bool, str]:
-    """The loss, compiled where that pays: (loss, whether it is, why).
-
-    "auto" compiles when the run is longer than about two minutes would take eagerly on this kind of device: a first
-    compilation takes 30 to 60 s and makes a step 1.5 to 2 times faster.
-    """
-    if wanted is False:
-        return loss, False, "eager: compile = false"
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-        return loss, False, "eager: no C++ compiler (Debian: apt-get install g++)"
-    worth = 120 * (EAGER_FLOPS_CPU if device.type == "cpu" else EAGER_FLOPS_CUDA)
-    if wanted == "auto" and flops < worth:
-        return loss, False, "eager: too short a run for compiling to pay"
-    if wanted == "auto" and kind == "recurrent":
-        return loss, False, "eager: torch's LSTM is one kernel, which compiling leaves as it is"
-    return torch.compile(loss, dynamic=False), True, "torch.compile"
-
-
-EAGER_FLOPS_CPU = 150e9  # measured: 13.8 M parameters, bf16, eager, 2 threads
-EAGER_FLOPS_CUDA = 50e12  # an assumption: a third of an A100's bf16 peak
+def _forget(optimizers: Sequence[Optimizer]) -> None:
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
 
 
 def peak_memory() -> int:
-    """The most memory this process has held, in bytes."""
+    """The most memory that this process has held, in bytes: of its GPU where it has used one, else of the machine."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
-
-
-def live_text(step: Step, steps: int, quality: str) -> str:
-    """The live line: what a person watching wants to know; `quality` is what the last validation found."""
-    speed = step.tokens_per_second
-    rate = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
-    parts = [
-        f"step {step.number:,}/{steps:,}",
-        f"loss {step.loss:.3f}",
-        *([quality] if quality else []),
-        f"lr {step.learning_rate:.2g}",
-        f"{rate} tok/s",
-        console.size(peak_memory()),
-    ]
-    return " · ".join(parts)

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from llmctl.recipe import TrainingSection
 from llmctl.training import optim
 
-STEPS_WANTED = 400  # small runs are limited by the number of updates, not by the noise of their gradients
+# Small runs are limited by the number of updates, not by the noise of their gradients. The batch up to which more of it
+# saves steps grows with the data and hardly with the model (Zhang et al. 2024, arXiv:2410.21676).
+STEPS_WANTED = 400
 BATCH_TOKENS = (2_048, 524_288)
 MICRO_TOKENS = 8_192  # tokens at a time on a CPU: past this, activations leave the caches and nothing gets faster
 EVALUATIONS, CHECKPOINTS = 10, 10
@@ -43,9 +45,8 @@ def make(section: TrainingSection, *, sequences: int, length: int, width: int, p
     """The plan for `sequences` training sequences of `length` tokens an epoch.
 
     `peak` is the learning rate of a model 256 wide; wider models take less (muP, Yang et al. 2022, arXiv:2203.03466:
-    1/width
-    for hidden matrices under Adam; square root here, as embeddings and norms share the rate). `cap`: most sequences
-    a step.
+    1/width for hidden matrices under Adam; square root here, as embeddings and norms share the rate). `cap`: most
+    sequences a step.
     """
     told: list[str] = []
     epochs = section.epochs or 1.0

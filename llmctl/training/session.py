@@ -1,117 +1,245 @@
-"""What pretraining and finetuning do around their steps: choose once, resume, stop when asked, and remember."""
+"""What pretraining and finetuning do around their steps: resume, stop when asked, and remember."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llmctl import console
-from llmctl.artifact import Job, stoppable, write_json
-from llmctl.errors import Interrupted, TimeUp
-from llmctl.recipe import TrainingSection
-from llmctl.training import checkpoint, journal, loop
-from llmctl.training.checkpoint import State
+from llmctl import console, device, launch
+from llmctl.artifact import Job, stoppable
+from llmctl.errors import Interrupted, Paused, TimeUp
+from llmctl.model.config import Config
+from llmctl.model.hf import Model
+from llmctl.recipe import FinetuneSection, PretrainSection, TrainingSection
+from llmctl.training import checkpoint, distributed, journal, loop, optim, outlook, reporters, watching
+from llmctl.training.batch import Batch, ahead
+from llmctl.training.checkpoint import Saver, State
+from llmctl.training.choices import Choices, halved
+from llmctl.training.compiling import Compiling
+from llmctl.training.distributed import Ranks
+from llmctl.training.ema import Ema
 from llmctl.training.loop import Step
-from llmctl.training.objectives import Loss
+from llmctl.training.objectives import Learner
+from llmctl.training.outlook import Outlook
+from llmctl.training.planning import Plan
+from llmctl.training.precision import LossScale, Precision
 
 LOGS = (METRICS, SAMPLES) = ("metrics.jsonl", "samples.jsonl")
 SMOOTHING = 0.98  # of the training loss that is reported: a mean over about fifty steps
 
 
-@dataclass(frozen=True)
-class Choices:
-    """What this machine decided. Made once, kept beside the checkpoints and used again on resume."""
+@dataclass
+class Session:
+    """A training under way: a context around a stage's loop over its steps, which writes the rare events itself."""
 
-    dtype: str
-    dtype_reason: str
-    compiled: bool
-    compile_reason: str
-    threads: int
-    micro_batch: int
-    isa: tuple[str, ...]
+    job: Job
+    section: TrainingSection
+    plan: Plan
+    model: Model
+    learner: nn.Module  # the model and its loss, as DDP or FSDP wrapped them
+    average: Ema
+    state: State
+    saver: Saver
+    stop: Stop
+    watch: watching.Watch
+    compiling: Compiling
+    ranks: Ranks
+    expected: Outlook
+    steps: Iterator[Step]
+    _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    def describe(self) -> str:
-        """`bf16 (avx512_bf16) · torch.compile`."""
-        return f"{self.dtype} ({self.dtype_reason}) · {self.compile_reason}"
+    def __enter__(self) -> Session:
+        for part in (self.stop, self.saver, self.watch):
+            self._open.enter_context(part)
+        return self
 
-    @property
-    def autocast(self) -> bool:
-        return self.dtype == "bf16"
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, value, trace)
 
-    @property
-    def opening(self) -> str:
-        """What to say before the first step, where it is long in coming."""
-        return "compiling: the first step takes up to a minute" if self.compiled else ""
+    def __iter__(self) -> Iterator[Step]:
+        """The steps that are left. After the last of this session its checkpoint is whole."""
+        for step in self.steps:
+            follow(self.state, step)
+            self.compiling.follow(step)
+            yield step
+        self.saver.finish(self.state)  # still deaf to the second signal that CI systems send
+
+    def every(self, step: Step, steps: int) -> bool:
+        """Whether it is one of every so many, and not the last: that is saved and measured when all is done."""
+        return step.every(steps) and step.number != self.plan.steps
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[bool]:
+        """Whether this rank measures the model, which has its averaged weights meanwhile. A signal breaks it off."""
+        with self.average.instead(), distributed.one_alone(self.learner) as mine, self.stop.breaks_off():
+            yield mine
+
+    def keep(self, save: Callable[[Model, Path], object]) -> None:
+        """Keeps the model of this step for good: an artifact in `checkpoints/<stage>/`, which every command takes.
+
+        Args:
+            save: writes the model's folder.
+        """
+        with self.average.instead():
+            whole = distributed.whole(self.model)
+            if not self.ranks.is_first:
+                return
+            place = f"checkpoints/{self.job.place}/step-{self.state.step:08}"
+            with dataclasses.replace(self.job, place=place, sources_index={}).publishing() as staging:
+                save(whole, staging.path)
+                staging.seal(figures(self.state))
+
+    def finish(self) -> tuple[Model | None, dict[str, Any]]:
+        """The trained model, on rank 0, and what is to be told of the training.
+
+        Raises:
+            Interrupted, TimeUp, Paused: it ended before its last step; its state is saved.
+        """
+        self.stop.raise_if_early(self.state, self.plan.steps)
+        compared = self.expected.compare(self.state)
+        self.average.exchange()
+        whole = distributed.whole(self.model)
+        if not self.ranks.is_first:
+            return None, {}
+        return whole.to(self.job.device.torch), {**figures(self.state), **self.watch.figures, **compared}
 
 
-def choose(
-    job: Job, section: TrainingSection, loss: Loss, flops: float, micro_batch: int, *, kind: str = "decoder"
-) -> tuple[Choices, Loss]:
-    """The choices of this run, old ones where it was begun before, and the loss, compiled or not.
+def begin(
+    job: Job,
+    section: PretrainSection | FinetuneSection,
+    learner: Learner,
+    plan: Plan,
+    choices: Choices,
+    compiling: Compiling,
+    batches: Callable[[int], Iterator[Batch]],
+    *,
+    tokens: int,
+    length: int,
+    held: int,
+) -> Session:
+    """Says what the training will take, and puts it where it stands: at its start, or behind its last checkpoint.
 
-    `kind` is the model's, see `model.config`.
+    Args:
+        batches: from a position of the loader on.
+        tokens: of the whole run. length: of a sequence, as it is in the middle.
+        held: of `outlook.memory_now` before the model was built.
     """
-    path = job.work / "choices.json"
-    dtype, why = job.device.dtype(section.dtype)
-    if (choices := _kept(path)) is not None:
-        if choices.threads != job.device.threads or set(choices.isa) != job.device.isa:
-            console.warn("this run was begun on another machine or with other threads: it goes on, but not bitwise")
-        if section.micro_batch_size != "auto" and micro_batch != choices.micro_batch:
-            console.warn(f"micro_batch_size {choices.micro_batch} -> {micro_batch}: it goes on, but not bitwise")
-            choices = dataclasses.replace(choices, micro_batch=micro_batch)
-        wanted = choices.compiled if section.compile == "auto" else section.compile
-        ready, _, _ = loop.compiled(loss, wanted, flops, job.device.torch, kind)
-    else:
-        ready, is_compiled, reason = loop.compiled(loss, section.compile, flops, job.device.torch, kind)
-        choices = Choices(
-            dtype, why, is_compiled, reason, job.device.threads, micro_batch, tuple(sorted(job.device.isa))
-        )
-        write_json(path, dataclasses.asdict(choices))
-    torch.set_num_threads(choices.threads)
-    if job.device.kind == "cpu":  # or compiled code adds up the embedding's gradient in the order its threads arrive
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # its module's property
-    job.resolved |= {key: value for key, value in dataclasses.asdict(choices).items() if key != "isa"}
-    return choices, ready
+    model, ranks = learner.model, distributed.here(job.device.torch)
+    expected = outlook.begin(job, section, model.config, plan, choices.micro_batch, choices.gemm, tokens, held)
+    wrapped = distributed.wrap(
+        learner,
+        ranks,
+        section.strategy,
+        checkpointing=section.activation_checkpointing,
+        bf16=choices.dtype == "bf16",
+    )
+    average = Ema(model, section.ema_decay)
+    optimizers = optim.build(
+        model,
+        section.optimizer,
+        plan.learning_rate,
+        section.weight_decay,
+        beta2=section.adam_beta2,
+        dtype=choices.dtype,
+    )
+    state = resume(job, job.recipe.seed, model, optimizers, plan.steps, average.tensors or None)
+    saver = Saver(job.work, model, optimizers, average.tensors or None, keep=section.keep_last)
+    compiling.begin(state.step)
+    stop = Stop(job, compiling)
+    steps = loop.train(
+        wrapped,
+        optimizers,
+        ahead(batches(state.position)),
+        steps=range(state.step, min(plan.steps, job.until_step or plan.steps)),  # the schedule is that of the plan
+        rate=plan.rate,
+        micro_batch=choices.micro_batch,
+        max_grad_norm=section.max_grad_norm,
+        precision=Precision(job.device.torch, choices.dtype),
+        stop=stop,
+        ranks=ranks,
+        measure_every=section.log_every,
+        scale=_scale(choices, state),
+        guard=state.guard,
+        on_spike=section.on_spike,
+        roll_back=lambda: roll_back(job, state, saver),
+        halved=halved(job, section),
+        ema=average,
+    )
+    watch = _watch(job, section, choices, model.config, length, state)
+    return Session(
+        job, section, plan, model, wrapped, average, state, saver, stop, watch, compiling, ranks, expected, steps
+    )
 
 
-def _kept(path: Path) -> Choices | None:
-    """The choices of the session before; None where there was none, or they can't be read."""
-    if not path.exists():
-        return None
-    try:
-        kept = json.loads(path.read_text())
-        return Choices(**{**kept, "isa": tuple(kept["isa"])})
-    except (ValueError, TypeError, KeyError):
-        console.warn(f"{path} cannot be read; this machine chooses anew, and what follows may not be bitwise the same")
-        return None
-
-
-def resume(job: Job, seed: int, model: nn.Module, optimizers: Sequence[Optimizer], steps: int) -> State:
+def resume(
+    job: Job,
+    seed: int,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    steps: int,
+    ema: Mapping[str, Tensor] | None = None,
+) -> State:
     """The state of the newest whole checkpoint, loaded into the model, else a fresh one. Logs are rewound to it."""
     torch.manual_seed(seed)
     begun = bool(checkpoint.checkpoints(job.work))
-    found = checkpoint.newest(job.work)
+    with distributed.here(job.device.torch).first_goes():  # it drops what is damaged
+        found = checkpoint.newest(job.work)
     state = State()
     if begun and found is None:
         console.warn(f"no checkpoint is left; {job.settings.stage} starts over")
     if found is not None:
         folder, state = found
-        checkpoint.restore(folder, model, optimizers)
+        checkpoint.restore(folder, model, optimizers, ema)
         console.detail(f"resuming at step {state.step:,} of {steps:,} from {folder.name}")
         console.event("resumed", stage=job.settings.stage, step=state.step)
     for log in (METRICS, SAMPLES):
         journal.rewind(job.work / log, state.step)
     return state
+
+
+def roll_back(job: Job, state: State, saver: Saver) -> int | None:
+    """Takes a training back to its newest checkpoint, in place: the step (0-based) to go on with; None without one.
+
+    Every roll back is counted, also in the state that it goes back to; the loader is not the training's and goes on
+    where it is.
+    """
+    with distributed.here(job.device.torch).first_goes():
+        saver.wait()
+        found = checkpoint.newest(job.work)
+    if found is None:
+        return None
+    folder, before = found
+    saver.restore(folder)
+    before.guard.roll_backs = state.guard.roll_backs + 1
+    console.warn(f"step {state.step + 1}: the loss leapt; going back to step {before.step} and on past that text")
+    console.event("rolled_back", stage=job.settings.stage, step=before.step)
+    for ours, theirs in ((state.guard, before.guard), (state.scale, before.scale)):
+        if ours is not None:
+            vars(ours).update(vars(theirs))  # the loop holds them
+    vars(state).update(vars(before) | {"guard": state.guard, "scale": state.scale})
+    for log in LOGS:
+        journal.rewind(job.work / log, state.step)
+    return state.step
+
+
+def _scale(choices: Choices, state: State) -> LossScale | None:
+    """fp16's loss scale, which the state keeps."""
+    if choices.dtype != "fp16":
+        return None
+    state.scale = state.scale or LossScale()
+    return state.scale
 
 
 def follow(state: State, step: Step) -> None:
@@ -124,24 +252,35 @@ def follow(state: State, step: Step) -> None:
     state.seconds += step.seconds
     if step.skipped:
         state.skipped += 1
-        console.warn(
-            f"step {step.number}: the loss or gradient was no number; the step was skipped ({state.skipped} so far)"
-        )
+        known = math.isfinite(step.loss) and math.isfinite(step.gradient_norm)
+        why = f"the loss leapt to {step.loss:.2f}" if known else "the loss or gradient was no number"
+        console.warn(f"step {step.number}: {why}; the step was skipped ({state.skipped} so far)")
 
 
-def record(work: Path, step: Step, more: dict[str, Any] | None = None) -> None:
-    """A line of metrics.jsonl, and the same as an event."""
-    row = {
-        "step": step.number,
-        "train_loss": round(step.loss, 6),
-        "learning_rate": step.learning_rate,
-        "gradient_norm": round(step.gradient_norm, 5),
-        "tokens_per_second": round(step.tokens_per_second, 1),
-        "peak_memory_bytes": loop.peak_memory(),
-        **(more or {}),
-    }
-    journal.append(work / METRICS, row)
-    console.event("step", **row)
+def _watch(
+    job: Job, section: TrainingSection, choices: Choices, config: Config, length: int, state: State
+) -> watching.Watch:
+    """What tells of this training; its dashboards are those of `report_to`.
+
+    Raises:
+        UnavailableError: a dashboard refuses.
+    """
+    known = device.gpu(job.device.name) if job.device.kind == "cuda" else None
+    return watching.Watch(
+        job.work / METRICS,
+        state,
+        watching.flops_per_token(config, length),
+        launch.size() * (known.peak if known is not None else choices.gemm),
+        "peak" if known is not None else "GEMM",
+        _dashboards(job, section, state) if section.report_to and launch.rank() == 0 else (),
+    )
+
+
+def _dashboards(job: Job, section: TrainingSection, state: State) -> list[reporters.Reporter]:
+    stage, key = job.settings.stage, reporters.key_of(job.work, state.step)
+    told = {name: job.recipe.section(name).model_dump(mode="json") for name in ("model", stage)}
+    subject = reporters.Subject(job.run.name, stage, job.run.path / "logs", key, state.step, told)
+    return reporters.start(section.report_to, subject)
 
 
 def publish_logs(work: Path, folder: Path) -> None:
@@ -170,8 +309,8 @@ class BrokenOff(Exception):
 class Stop:
     """Whether to stop: the first Ctrl-C or SIGTERM, or --max-time. A second Ctrl-C quits at once."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, compiling: Compiling) -> None:
+        self._job, self._compiling = job, compiling
         self._asked: list[int] = []
         self._evaluating = False
         self._signals = contextlib.ExitStack()
@@ -190,7 +329,8 @@ class Stop:
         self._evaluating = True
         with contextlib.suppress(BrokenOff):
             try:
-                yield
+                with self._compiling.eagerly():
+                    yield
             finally:
                 self._evaluating = False
 
@@ -204,12 +344,14 @@ class Stop:
         """After the last checkpoint: the reason why the training ended before its last step.
 
         Raises:
-            Interrupted: a signal. TimeUp: --max-time. Both say that the state is saved.
+            Interrupted: a signal. TimeUp: --max-time. Paused: --until-step. All say that the state is saved.
         """
         hint = "the same command again goes on from there"
-        if self._asked:
+        if signum := distributed.here(self._job.device.torch).greatest(self._asked[0] if self._asked else 0):
             raise Interrupted(
-                f"stopped at step {state.step:,} of {steps:,}; its state is saved", hint=hint, signum=self._asked[0]
+                f"stopped at step {state.step:,} of {steps:,}; its state is saved", hint=hint, signum=signum
             )
+        if state.step < steps and state.step >= (self._job.until_step or steps):
+            raise Paused(self._job.place, state.step, steps)
         if state.step < steps:
             raise TimeUp(f"--max-time is over at step {state.step:,} of {steps:,}; its state is saved", hint=hint)

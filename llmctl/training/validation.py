@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from llmctl.errors import UsageError
-from llmctl.model.transformer import Encoder, EncoderDecoder
-from llmctl.training import loop
+from llmctl.model.hf import Model
 from llmctl.training.batch import IGNORED, Ids
-from llmctl.training.objectives import Objective
+from llmctl.training.objectives import Objective, states
+from llmctl.training.precision import Precision
 
 SEED = 0  # of what is hidden: fixed, so that figures of different runs are about the same tokens
+LEAST = 4  # tokens of a window: fewer leave no room for a blank and what fills it
 LOGITS = 1 << 24  # logits held at once: 64 MB in fp32
 
 
@@ -57,9 +58,9 @@ class Validation:
 
 
 def validate(
-    model: Encoder | EncoderDecoder, objective: Objective, tokens: Ids, *, max_seq_length: int, autocast: bool = False
+    model: Model, objective: Objective, tokens: Ids, *, max_seq_length: int, autocast: bool = False
 ) -> Validation:
-    """Hides parts of a text (N,) window by window and asks the model for them.
+    """Hides parts of a text (N,) window by window, as the objective does, and asks the model for them.
 
     What is left over at the end, less than a window, is not read. `autocast`: as in training.
 
@@ -67,7 +68,7 @@ def validate(
         UsageError: too short a text to hide anything of.
     """
     length = min(max_seq_length, len(tokens) - 1)
-    count = (len(tokens) - 1) // length if length > 1 else 0
+    count = (len(tokens) - 1) // length if length >= LEAST else 0
     found: list[float] = []
     targets = hidden = correct = 0
     rows = max(1, LOGITS // (max(1, length) * model.config.vocab_size))
@@ -77,10 +78,9 @@ def validate(
     for first in range(0, count, rows):
         starts = range(first * length, min(first + rows, count) * length, length)
         batch = objective.frame(np.stack([tokens[at : at + length + 1] for at in starts]), SEED, first + len(starts))
-        inputs = [torch.from_numpy(ids).to(model.device) for ids in batch.inputs]
-        labels = torch.from_numpy(batch.labels).to(model.device)
-        with torch.inference_mode(), loop.precision(model.device, autocast):
-            logits = model(*inputs).float()  # (B, T, V)
+        (*inputs, labels), named = batch.tensors(model.device)
+        with torch.inference_mode(), Precision(model.device, "bf16" if autocast else "fp32").autocast():
+            logits = model.logits(states(model, *inputs, documents=named.get("documents"))).float()  # (B, T, V)
             nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
         of_text = ~torch.isin(labels, order)
         targets, hidden = targets + batch.supervised, hidden + int(of_text.sum())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 
+from tests.faults.harder import begun_again
 from tests.project import Project
 from tests.test_chain import unfinished
 
@@ -22,6 +24,16 @@ def test_a_damaged_checkpoint_falls_back(fresh: Project, finished: Project) -> N
     assert done.code == 0
     assert "checkpoint step-00000009 is damaged" in done.out
     assert "resuming at step 6 of 12" in done.out
+    assert fresh.weights() == finished.weights()
+
+
+def test_a_file_of_the_checkpoint_that_is_cut_off_falls_back(fresh: Project, finished: Project) -> None:
+    """Fault 2, truncated."""
+    unfinished(fresh, step=9)
+    path = fresh.run / ".work/pretrain/step-00000009/optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    done = fresh.llmctl("pretrain", "t.toml")
+    assert "checkpoint step-00000009 is damaged" in done.out
     assert fresh.weights() == finished.weights()
 
 
@@ -59,6 +71,7 @@ def test_a_pickle_in_a_models_folder_is_never_opened(finished: Project, name: st
     "name", ["model.safetensors", "optimizer.safetensors", "state.json", "settings.json", "choices.json"]
 )
 def test_a_pickle_in_the_working_folder_is_never_opened(fresh: Project, finished: Project, name: str) -> None:
+    """Fault 13: what is damaged is passed over."""
     unfinished(fresh, step=6)
     work = fresh.run / ".work" / "pretrain"
     path = work / name if (work / name).exists() else work / "step-00000006" / name
@@ -67,3 +80,24 @@ def test_a_pickle_in_the_working_folder_is_never_opened(fresh: Project, finished
     assert done.code == 0, done.err
     assert not list(fresh.path.rglob("hacked"))
     assert fresh.weights() == finished.weights()
+
+
+@pytest.mark.slow
+def test_a_pickle_in_any_file_of_a_run_is_never_opened(whole: Project, tmp_path: Path) -> None:
+    """Fault 13: whatever a training reads, of what was made before it and of its own; each file in turn."""
+    made = begun_again(whole, "pretrain", tmp_path / "made")
+    assert made.llmctl("pretrain", "t.toml", "--until-step", 18).code == 0
+    kept = made.path / "kept"
+    shutil.copytree(made.run, kept)
+    files = [path.relative_to(made.run) for path in sorted(made.run.rglob("*")) if path.is_file()]
+    files = [file for file in files if file.parts[0] not in ("checkpoints", "logs", ".lock")]
+    names = {path.name for path in files}
+    assert names >= {"artifact.json", "index.json", "tokenizer.json", "train-00000.bin", "state.json", "settings.json"}
+    assert names >= {"choices.json", "metrics.jsonl", "recipe.resolved.toml"}
+    for file in files:
+        (made.run / file).write_bytes(pickle.dumps(Payload()))
+        done = made.llmctl("pretrain", "runs/t")
+        assert done.code in (0, 2, 3, 4), (file, done.err)
+        assert not list(made.path.rglob("hacked")), file
+        shutil.rmtree(made.run)
+        shutil.copytree(kept, made.run)

@@ -6,8 +6,10 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llmctl.finetune.batches import MULTIPLE, Example, batches, collate
+from llmctl.finetune.batches import MULTIPLE, Example, batches, collate, pack
 from llmctl.training.batch import IGNORED
 
 PAD = 3
@@ -89,3 +91,49 @@ def test_little_is_padding() -> None:
         used += int((batch.inputs[0] != PAD).sum())
         total += batch.inputs[0].size
     assert used / total > 0.85
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+@given(st.lists(st.integers(2, 130), min_size=1, max_size=40), st.integers(1, 3))
+@settings(deadline=None, max_examples=80)
+def test_a_packed_batch_holds_the_same_conversations(lengths: list[int], ranks: int) -> None:
+    """Each in one piece in one row, with its labels, told apart from its neighbours and from padding."""
+    examples = [example(length, first=1000 * number + 10) for number, length in enumerate(lengths)]
+    batch, padded = pack(examples, PAD, 130, 7, ranks), collate(examples, PAD, 130)
+    assert batch.documents is not None
+    ids, labels, documents = batch.inputs[0], batch.labels, batch.documents
+    assert ids.shape == labels.shape == documents.shape
+    assert ids.shape[1] <= 130
+    assert len(ids) % ranks == 0
+    assert (batch.position, batch.supervised) == (7, padded.supervised)
+    for number, one in enumerate(examples):
+        rows, columns = np.nonzero(documents == number)
+        assert len(set(rows.tolist())) == 1
+        assert columns.tolist() == list(range(columns[0], columns[0] + len(one.ids) - 1))
+        assert ids[rows, columns].tolist() == list(one.ids[:-1])
+        assert labels[rows, columns].tolist() == padded.labels[number, : len(columns)].tolist()
+    rest = documents == len(examples)
+    assert (ids[rest] == PAD).all()
+    assert (labels[rest] == IGNORED).all()
+    assert rest.sum() + sum(lengths) - len(lengths) == ids.size
+
+
+def test_packing_changes_the_layout_and_nothing_else() -> None:
+    """The same conversations in the same batches, so the same losses, in two thirds of the positions."""
+    random = np.random.default_rng(0)
+    examples = [example(int(length), first=1000 * n) for n, length in enumerate(random.integers(10, 60, 300))]
+    size, tokens = {}, {}
+    for packing in (False, True):
+        stream = batches(examples, size=16, seed=1, pad_id=PAD, length=256, packing=packing)
+        found = [next(stream) for _ in range(30)]
+        size[packing] = sum(batch.tokens for batch in found)
+        tokens[packing] = [sorted(batch.labels[batch.labels != IGNORED].tolist()) for batch in found]
+    assert tokens[False] == tokens[True]
+    assert size[True] < 0.7 * size[False]
+
+
+def test_what_fits_one_row_takes_no_more_than_it_needs() -> None:
+    assert pack([example(20), example(30)], PAD, 4096).inputs[0].shape == (1, 64)
+    assert pack([example(20)] * 8, PAD, 100).inputs[0].shape == (2, 100)

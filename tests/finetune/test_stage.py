@@ -170,8 +170,8 @@ def test_a_lora_finetune_resumes_bitwise(finished: Project) -> None:
     whole = finished.weights("finetune")
     shutil.rmtree(finished.run / "finetune")
     stop = (
-        "import os, llmctl.training.checkpoint as c; save = c.save\n"
-        "c.save = lambda work, state, *a: (save(work, state, *a), os.kill(os.getpid(), 9) if state.step == 4 else 0)"
+        "import os, llmctl.training.checkpoint as c; write = c.write\n"
+        "c.write = lambda w, state, *a: (write(w, state, *a), os.kill(os.getpid(), 9) if state['step'] == 4 else 0)"
     )
     assert finished.llmctl("finetune", "t.toml", "--method", "lora", before=stop).code == -9
     done = finished.llmctl("finetune", "t.toml", "--method", "lora")

@@ -54,6 +54,24 @@ def test_the_artifact_holds_every_token_of_every_document(published: Artifact, m
     assert len(tokenizer) == train.vocab_size == 1000
 
 
+def test_the_index_says_which_tokens_are_of_which_source(tmp_path: Path) -> None:
+    """In the order of the sources; a duplicate counts for the first; a source that adds nothing has no entry."""
+    write(tmp_path / "a", [f"a{number}\n" * 5 for number in range(70)])
+    write(tmp_path / "b", [f"b{number}\n" * 5 for number in range(60)] + ["a3\n" * 5])
+    write(tmp_path / "again", ["a7\n" * 5])
+    made = stage.prep(job(tmp_path, 'sources = ["b", "again", "a"]\nval_percent = 10\ntokenizer.type = "byte"'))
+    assert made.metrics["dropped"] == {"duplicate": 2}
+    for split in ("train", "val"):
+        found = Shards.open(made.path, split)
+        tokenizer, first = Tokenizer.load(made.path), 0
+        assert [name for name, _ in found.sources] == (["b", "again", "a"] if split == "train" else ["b", "a"])
+        for name, tokens in found.sources:
+            texts = tokenizer.decode(found[first : first + tokens].tolist()).split()
+            assert {text[0] for text in texts if text not in ("a3", "a7")} <= {name[0]}
+            first += tokens
+        assert first == len(found)
+
+
 def test_the_metrics_add_up(published: Artifact, modules: list[str]) -> None:
     metrics = published.metrics
     train, val = (Shards.open(published.path, split) for split in ("train", "val"))
@@ -154,7 +172,7 @@ def test_a_large_corpus_is_sampled_evenly_for_the_vocabulary(tmp_path: Path, mon
     blocks = list(made.blocks(10_000))
     assert 8_000 < sum(map(len, blocks)) < 11_000
     assert len({block[:3] for block in blocks}) > 80
-    assert sum(map(len, made.blocks(10**9))) == sum(len(text) for text, _, held_out in made if not held_out)
+    assert sum(map(len, made.blocks(10**9))) == sum(len(entry.text) for entry in made if not entry.held_out)
 
 
 def test_a_tokenizer_can_be_taken_from_elsewhere(published: Artifact, tmp_path: Path) -> None:

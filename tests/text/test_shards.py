@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from llmctl.errors import DataError
 from llmctl.text import shards
-from llmctl.text.shards import Shards, Writer, batches, windows
+from llmctl.text.shards import Shards, Windows, Writer, batches
 from llmctl.text.tokenizer import Tokenizer
 
 BOS, EOS = 1, 2
@@ -84,7 +85,7 @@ def test_batches_are_the_tokens_and_their_successors(corpus: Shards) -> None:
 
 
 def test_an_epoch_sees_each_window_once_and_each_epoch_is_another(corpus: Shards) -> None:
-    count = windows(corpus, 32)
+    count = Windows(0, len(corpus), 32, (1,)).count
     stream = batches(corpus, seed=1, max_seq_length=32, batch_size=count)
     epochs = [next(stream)[0] for _ in range(3)]
     for rows in epochs:
@@ -98,6 +99,7 @@ def test_an_epoch_sees_each_window_once_and_each_epoch_is_another(corpus: Shards
 @given(st.integers(1, 7), st.integers(0, 200), st.integers(8, 995))
 @settings(deadline=None, max_examples=60)
 def test_resuming_goes_on_with_the_exact_next_sample(corpus: Shards, size: int, position: int, length: int) -> None:
+    """Fault 5."""
     one = batches(corpus, seed=7, max_seq_length=length, batch_size=1)
     expected = [next(one)[0][0].tolist() for _ in range(position + 2 * size)][position:]
     resumed = batches(corpus, seed=7, max_seq_length=length, batch_size=size, position=position)
@@ -117,6 +119,87 @@ def test_a_context_longer_than_the_data_is_an_error(corpus: Shards) -> None:
     with pytest.raises(DataError, match="has 997 tokens; a context of 997") as caught:
         next(batches(corpus, seed=0, max_seq_length=997, batch_size=1))
     assert "max_seq_length = 124" in caught.value.hint
+
+
+def test_the_order_takes_no_memory_of_the_corpus() -> None:
+    """A terabyte of tokens: the windows of a sample in the middle of the tenth epoch, at once and for nothing."""
+    windows = Windows(0, 1 << 40, 1024, (3,))
+    numbers = np.arange(64) + 9 * windows.count + 12_345_678
+    tracemalloc.start()
+    starts = windows.starts(numbers)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    assert len(np.unique(starts)) == 64
+    assert starts.min() >= 0
+    assert starts.max() + 1025 <= 1 << 40
+    assert len(np.unique(starts % 1024)) == 1  # one offset an epoch
+
+
+# ------------------------------------------------------------------------------------------------------------ mixtures
+
+MIXTURE = {"poems": 3.0, "code": 1.0, "junk": 0.0}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """Poems from 1000, code from 2000, junk from 3000; several shards, and a source in more than one of them."""
+    folder, random = tmp_path_factory.mktemp("mixed"), np.random.default_rng(0)
+    with Writer(folder, 5000, BOS, EOS, 90) as writer:
+        for number, (source, documents) in enumerate({"poems": 12, "code": 30, "junk": 5}.items(), 1):
+            for length in random.integers(5, 25, documents):
+                writer.add("train", (1000 * number + random.integers(0, 999, length)).tolist(), int(length), source)
+    return Shards.open(folder, "train")
+
+
+def drawn(shards: Shards, count: int, position: int = 0, size: int = 1) -> list[list[int]]:
+    stream = batches(shards, seed=5, max_seq_length=16, batch_size=size, position=position, mixture=MIXTURE)
+    return [row for rows, _ in itertools.islice(stream, count // size) for row in rows.tolist()]
+
+
+def source_of(row: list[int]) -> int:
+    """Of a window, which is of one source alone: documents are shorter than it, so it holds a border of two."""
+    (found,) = {token // 1000 for token in row} - {0}
+    return found
+
+
+def test_the_index_says_where_each_source_lies(mixed: Shards) -> None:
+    assert [name for name, _ in mixed.sources] == ["poems", "code", "junk"]
+    assert sum(tokens for _, tokens in mixed.sources) == len(mixed)
+    assert sum(tokens for name, tokens in mixed.sources if name == "poems") == np.argmax(mixed[:] >= 2000) - 1
+
+
+def test_sources_are_drawn_by_their_weights_and_never_mixed_in_a_window(mixed: Shards) -> None:
+    found = [source_of(row) for row in drawn(mixed, 400)]
+    assert (found.count(1), found.count(2)) == (300, 100)
+    for first in range(0, 400, 8):
+        assert found[first : first + 8].count(1) == 6  # in every batch
+
+
+def test_each_source_has_its_own_epochs(mixed: Shards) -> None:
+    """Between two passes over the poems the code is not yet through; each pass sees each window once."""
+    windows = Windows(0, dict(mixed.sources)["poems"], 16, (5, 0)).count
+    rows = [row for row in drawn(mixed, 400) if source_of(row) == 1]
+    for first in range(0, len(rows) - windows, windows):
+        epoch = np.array(rows[first : first + windows])[:, 1:]
+        text = epoch[epoch >= 1000]
+        known = mixed[0 : dict(mixed.sources)["poems"]]
+        assert all((epoch == token).sum() <= (known == token).sum() for token in np.unique(text))
+
+
+@given(st.integers(1, 7), st.integers(0, 300))
+@settings(deadline=None, max_examples=40)
+def test_a_mixture_resumes_on_the_exact_next_sample(mixed: Shards, size: int, position: int) -> None:
+    """Fault 5."""
+    expected = drawn(mixed, position + 2 * size)[position:]
+    assert drawn(mixed, 2 * size, position, size) == expected
+
+
+def test_a_mixture_of_what_is_not_there(mixed: Shards) -> None:
+    for name, why in (("songs", "no training text of 'songs'"), ("poems", "poems has")):
+        stream = batches(mixed, seed=0, max_seq_length=16 if name == "songs" else 300, batch_size=1, mixture={name: 1})
+        with pytest.raises(DataError, match=why):
+            next(stream)
 
 
 def test_damaged_shards_are_named(tmp_path: Path) -> None:

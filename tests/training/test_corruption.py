@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -70,6 +72,59 @@ def test_a_sample_is_hidden_in_the_same_way_every_time() -> None:
         assert one != seed
 
 
+# --------------------------------------------------------------------------------------------------------------- words
+
+
+class Fixed:
+    """Words by the numbers of a table; stands in for `text.words.Words`."""
+
+    def __init__(self, numbers: Ids) -> None:
+        self._numbers = numbers
+
+    def numbers(self, ids: Ids) -> Ids:
+        return self._numbers[: len(ids)]
+
+
+def masked_words(ids: Ids, numbers: Ids, sample: int = 0) -> tuple[Ids, Ids]:
+    random: Any = Fixed(numbers)
+    return corruption.mask(ids, generator(1, sample), mask_id=MASK, special=SPECIAL, ordinary=ORDINARY, words=random)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=60), st.integers(0, 2**40))
+def test_words_are_hidden_whole_and_no_more_tokens_than_without(lengths: list[int], sample: int) -> None:
+    """A word between two special tokens is whole, too; only what is longer than all that may be hidden is split."""
+    numbers = np.repeat(np.arange(len(lengths)), lengths)
+    ids = np.random.default_rng(sample).integers(0, 60, len(numbers))  # one in six is special
+    _, labels = masked_words(ids, numbers, sample)
+    chosen, ordinary = labels != IGNORED, ids >= 10
+    count = max(1, round(0.15 * ordinary.sum())) if ordinary.any() else 0
+    assert chosen.sum() <= count
+    assert chosen.any() == ordinary.any()
+    assert not (chosen & ~ordinary).any()
+    sizes = np.bincount(numbers[ordinary], minlength=len(lengths))
+    if ((sizes > 0) & (sizes <= count)).any():
+        for word in range(len(lengths)):
+            inside = (numbers == word) & ordinary
+            assert chosen[inside].all() or not chosen[inside].any()
+
+
+def test_the_share_of_hidden_tokens_is_berts_with_words_too() -> None:
+    random = np.random.default_rng(0)
+    hidden = total = 0
+    fates: list[bool] = []
+    for sample in range(100):
+        lengths = random.integers(1, 5, 200)
+        numbers = np.repeat(np.arange(200), lengths)
+        ids = random.integers(10, 500, len(numbers))
+        read, labels = masked_words(ids, numbers, sample)
+        chosen = labels != IGNORED
+        hidden, total = hidden + int(chosen.sum()), total + len(ids)
+        fates += (read[chosen] == MASK).tolist()
+    assert 0.14 < hidden / total <= 0.1505
+    assert np.mean(fates) == pytest.approx(0.8, abs=0.02)
+
+
 # --------------------------------------------------------------------------------------------------------------- spans
 
 
@@ -125,3 +180,52 @@ def test_more_spans_than_sentinels() -> None:
     with pytest.raises(RecipeError, match="hides 33 spans") as caught:
         corruption.check_sentinels(650, 32)
     assert "max_seq_length = 649 or less" in caught.value.hint
+
+
+# -------------------------------------------------------------------------------------------------------------- blanks
+
+PAD = 3
+
+
+def blanked(ids: Ids, seed: int = 1, sample: int = 0) -> tuple[Ids, Ids]:
+    return corruption.blanks(ids, generator(seed, sample), sentinels=SENTINELS, eos=EOS, pad=PAD)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(9, 740), st.integers(0, 2**31 - 1), st.integers(0, 2**40))
+def test_blanks_and_what_follows_make_the_text_again(length: int, seed: int, sample: int) -> None:
+    """And only the spans, with the end of each, are supervised: where the token before them is read."""
+    row = np.random.default_rng(length).integers(10, 2900, length)
+    read, labels = blanked(row, seed, sample)
+    assert len(read) == len(labels) == length - 1
+    kept = corruption.blanks_length(length)
+    count = corruption.span_count(kept)
+    assert kept + 3 * count <= length < kept + 1 + 3 * corruption.span_count(kept + 1)
+    whole = [*read[: kept + 3 * count - 1].tolist(), EOS]
+    assert (labels[kept + 3 * count - 1 :] == IGNORED).all()
+    begins = whole.index(EOS) - 1  # somewhere in the first span: walk back to the sentinel before it
+    while whole[begins] not in SENTINELS:
+        begins -= 1
+    text, told = whole[:begins], whole[begins:]
+    spans: dict[int, list[int]] = {}
+    at = begins
+    while told:
+        end = told.index(EOS)
+        sentinel, *span = told[:end]
+        spans[sentinel], told = span, told[end + 1 :]
+        assert labels[at - 1] == IGNORED  # which blank comes next is for the reader to say
+        assert labels[at : at + len(span) + 1].tolist() == [*span, EOS]
+        at += len(span) + 2
+    assert at == len(whole)
+    assert (labels[: begins - 1] == IGNORED).all()
+    assert sorted(spans) == sorted(SENTINELS[:count].tolist()) == sorted(id for id in text if id in SENTINELS)
+    assert [id for token in text for id in spans.get(token, [token])] == row[:kept].tolist()
+
+
+def test_blanks_come_in_any_order() -> None:
+    row, orders = np.arange(10, 50), set[tuple[int, ...]]()
+    for sample in range(60):
+        read = blanked(row, sample=sample)[0].tolist()
+        found = [token for token in read if token in SENTINELS]
+        orders.add(tuple(found[len(found) // 2 :]))
+    assert len(orders) == 2  # two spans

@@ -1,0 +1,87 @@
+"""The last matrix product and its cross-entropy in one, over chunks of positions: no full logits tensor ever exists.
+
+The gradients are computed in the forward pass, where a chunk's logits are at hand, as in Liger's kernel (Hsu et al.
+2024, arXiv:2410.10989) and Wijmans et al. 2024 (arXiv:2411.09009). What is kept is the gradient of the states and of
+the head.
+"""
+
+# N positions, C channels, V vocabulary, R rows of a chunk
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmctl.training.batch import IGNORED
+
+# Of a chunk: 16 MB of logits in fp32, below what glibc asks the system for anew each time; but so many rows at least,
+# because each chunk reads and writes the head's whole gradient (a fifth of the time of its products at 256).
+LOGITS, ROWS = 1 << 22, 256
+
+Chunk = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
+
+
+def chunk(x: Tensor, weight: Tensor, labels: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """The summed loss of (R, C) states, and its gradient at the logits, (R, V) in their dtype.
+
+    The softmax is computed in fp32 whatever the product's dtype, as torch's cross_entropy does under autocast.
+    """
+    logits = (x @ weight.T).float()
+    if cap is not None:  # Gemma 2's soft cap
+        logits = cap * torch.tanh(logits / cap)
+    counted = labels != IGNORED
+    right = labels.clamp(min=0)[:, None]
+    highest = logits.amax(-1, keepdim=True)
+    share = (logits - highest).exp_()
+    total = share.sum(-1, keepdim=True)
+    loss = torch.where(counted[:, None], total.log() + highest - logits.gather(1, right), 0.0).sum()
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    gradient = share.div_(total).sub_((columns == right).to(torch.uint8))  # in place: uncompiled, each copy is 16 MB
+    if cap is not None:
+        gradient.mul_(1 - (logits / cap).square_())
+    return loss, gradient.mul_(counted[:, None]).to(x.dtype)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, cap: float | None, each: Chunk, dtype: torch.dtype
+    ) -> Tensor:
+        states, head = x.to(dtype), weight.to(dtype)
+        chunks = max(1, -(-len(x) // max(ROWS, LOGITS // weight.shape[0])))
+        rows = max(1, -(-len(x) // chunks))  # chunks of one size
+        total = torch.zeros((), device=x.device)
+        of_states = torch.empty_like(states)
+        of_head = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(x), rows):
+            part = states[start : start + rows]
+            loss, gradient = each(part, head, labels[start : start + rows], cap)
+            total += loss
+            of_states[start : start + rows] = gradient @ head
+            of_head += gradient.T @ part
+        ctx.save_for_backward(of_states, of_head)
+        ctx.dtypes = x.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        of_states, of_head = ctx.saved_tensors
+        states, head = ctx.dtypes
+        return of_states.to(states) * outer[0].to(states), (of_head * outer[0]).to(head), None, None, None, None
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, *, cap: float | None = None, each: Chunk = chunk
+) -> Tensor:
+    """The summed cross-entropy of `x @ weight.T`: (N, C), (V, C), (N,) -> () in fp32; IGNORED labels count nothing.
+
+    The products run in autocast's dtype where it is on. `cap` bounds the logits (Gemma 2). `each` computes a chunk:
+    `chunk`, or what torch.compile made of it.
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    found: Tensor = _Fused.apply(x, weight, labels, cap, each, dtype)  # type: ignore[no-untyped-call]
+    return found
