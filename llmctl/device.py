@@ -69,6 +69,11 @@ class Device:
     isa: frozenset[str]
 
     @property
+    def listed(self) -> Gpu | None:
+        """What its maker says of it; None for a CPU, and for a GPU that is not in GPUS."""
+        return gpu(self.name) if self.kind == "cuda" else None
+
+    @property
     def torch(self) -> torch.device:
         import torch
 

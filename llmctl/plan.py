@@ -24,8 +24,6 @@ from llmctl.training.footprint import ROOM, Memory, Training
 from llmctl.training.outlook import Section
 from llmctl.training.planning import Plan
 
-# About what such vocabularies have; the others are as large as the recipe says.
-VOCABULARY = {"char": 100, "byte": 320}
 UNKNOWN, NAME = "unknown", console.NAME_WIDTH + 2
 RANKS = (2, 4, 8, 16, 32, 64)  # over which FSDP is tried
 
@@ -150,7 +148,7 @@ def _config(target: Target) -> tuple[Config, list[str]]:
     if prep is not None:
         return shapes.derive(made.section("model"), int(prep.metrics["vocab_size"]))[0], []
     tokenizer = made.prep.tokenizer if made.prep is not None else TokenizerSection()
-    size = VOCABULARY.get(tokenizer.type, tokenizer.vocab_size)
+    size = shapes.likely_vocabulary(tokenizer)
     guessed = tokenizer.source or size != tokenizer.vocab_size
     unknown = [f"the vocabulary is known when prep has run; taken as {size:,} pieces"] if guessed else []
     return shapes.derive(made.section("model"), size)[0], unknown

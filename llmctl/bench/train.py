@@ -32,7 +32,6 @@ from llmctl.training.precision import LossScale, Precision
 WARMUP = 3  # steps that are not counted: the first compiles, the next ones fill caches
 MEASURED, SECONDS = 8, 5.0  # at least so many steps, for at least so long
 BATCH_TOKENS = 8_192  # a step, where the recipe leaves global_batch_size to the text
-VOCABULARY = {"char": 96, "byte": 320}  # about what such tokenizers have; the others say it in the recipe
 
 
 def train(recipe: Recipe, chosen: Device) -> dict[str, Any]:
@@ -117,7 +116,7 @@ def _shape(recipe: Recipe) -> Config:
                 hint="name its folder, or --set model.from='\"\"' for the shape that [model] gives",
             )
         return hf.read_config(folder)
-    return shapes.derive(section, VOCABULARY.get(tokenizer.type, tokenizer.vocab_size))[0]
+    return shapes.derive(section, shapes.likely_vocabulary(tokenizer))[0]
 
 
 def _batches(config: Config, size: int, length: int) -> Iterator[Batch]:
@@ -144,7 +143,7 @@ def _figures(
     config: Config, chosen: Device, dtype: str, first: float, speed: float, rates: dict[str, float]
 ) -> dict[str, Any]:
     flops = speed * watching.flops_per_token(config, config.longest)
-    known = device.gpu(chosen.name) if chosen.kind == "cuda" else None
+    known = chosen.listed
     return {
         "tokens_per_second": speed,
         "first_step_seconds": first,

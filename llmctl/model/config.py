@@ -8,6 +8,7 @@ user's back.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmctl.errors import RecipeError
 
 if TYPE_CHECKING:
-    from llmctl.recipe import ModelSection
+    from llmctl.recipe import ModelSection, TokenizerSection
 
 Kind = Literal["decoder", "encoder", "encoder-decoder", "recurrent"]
 Task = Literal[
@@ -155,10 +156,21 @@ class Config:
 
     @property
     def parameters(self) -> int:
-        """The number of trainable values, tied embeddings counted once; the model is built without memory."""
-        from llmctl.model.hf import build
+        """The number of trainable values, tied embeddings counted once."""
+        return _parameters(self)
 
-        return sum(tensor.numel() for tensor in build(self).state_dict().values())
+
+@functools.lru_cache(maxsize=64)
+def _parameters(config: Config) -> int:
+    """Of a model that is built without memory; that takes milliseconds, and a training asks many times."""
+    from llmctl.model.hf import build
+
+    return sum(tensor.numel() for tensor in build(config).state_dict().values())
+
+
+def likely_vocabulary(section: TokenizerSection) -> int:
+    """Pieces that a tokenizer will have, before it is trained: a guess where the recipe does not say."""
+    return {"char": 100, "byte": 320}.get(section.type, section.vocab_size)
 
 
 def derive(

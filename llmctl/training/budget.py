@@ -124,8 +124,7 @@ def loss(config: Config, flops: float, unique: int) -> float:
 
 
 def _gemm(job: Job, dtype: str) -> float:
-    known = job.device.kind == "cuda" and device.gpu(job.device.name) is not None
-    return 0.0 if known else device.gemm_rate(job.device.kind, dtype)
+    return 0.0 if job.device.listed is not None else device.gemm_rate(job.device.kind, dtype)
 
 
 def _measure(job: Job, section: PretrainSection, config: Config, dtype: str) -> float:

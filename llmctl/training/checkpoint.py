@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from llmctl import console
 from llmctl.artifact import digest, hash_file
 from llmctl.errors import DataError, RunError
-from llmctl.training import distributed_checkpoint, randomness
+from llmctl.training import distributed, distributed_checkpoint, randomness
 from llmctl.training.guard import Guard
 from llmctl.training.precision import LossScale
 
@@ -95,7 +95,7 @@ class Saver:
         Raises:
             RunError: the write before this one failed, see `write`.
         """
-        if distributed_checkpoint.is_sharded(self._training[0].state_dict()):
+        if distributed.is_sharded(self._training[0].state_dict()):
             self.finish(state)  # all ranks write together, which no thread may do beside their training
         elif distributed_checkpoint.is_first():
             self.wait()
@@ -110,7 +110,7 @@ class Saver:
             RunError: this or the write before it failed, see `write`.
         """
         self.wait()
-        if distributed_checkpoint.is_first() or distributed_checkpoint.is_sharded(self._training[0].state_dict()):
+        if distributed_checkpoint.is_first() or distributed.is_sharded(self._training[0].state_dict()):
             write(self._work, asdict(state), contents(*self._training), self._keep)
 
     def __enter__(self) -> Saver:
@@ -177,7 +177,7 @@ def write(work: Path, state: Mapping[str, Any], tensors: Contents, keep: int = K
         RunError: the disk is full; the checkpoints before this one are whole.
     """
     final = work / f"step-{state['step']:08}"
-    sharded = distributed_checkpoint.is_sharded(tensors["model"])  # then all ranks are here
+    sharded = distributed.is_sharded(tensors["model"])  # then all ranks are here
     if distributed_checkpoint.agree(final.exists()) if sharded else final.exists():
         return
     staging = work / f".staging-{final.name}"

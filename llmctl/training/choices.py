@@ -150,8 +150,7 @@ def repeatable(chosen: Device) -> None:
 
 def _gemm(chosen: Device, dtype: str, flops: float) -> float:
     """What utilisation is measured against; 0 for a GPU whose maker says it, and where a run takes under a minute."""
-    known = chosen.kind == "cuda" and device.gpu(chosen.name) is not None
-    return 0.0 if known or flops < SHORT_FLOPS else device.gemm_rate(chosen.kind, dtype)
+    return 0.0 if chosen.listed is not None or flops < SHORT_FLOPS else device.gemm_rate(chosen.kind, dtype)
 
 
 def _kept(path: Path) -> Choices | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
@@ -213,13 +213,18 @@ def one_alone(learner: nn.Module) -> Iterator[bool]:
             module.set_reshard_after_forward(frees, recurse=False)  # the outermost keeps its own
 
 
+def is_sharded(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether they are cut up between the ranks."""
+    return any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
+
+
 def whole(model: M) -> M:
     """The model with all its weights, for measuring and publishing: itself, unless it is sharded.
 
     Then a copy on rank 0, on its CPU; the others get the sharded one back. All ranks must come here.
     """
     state = model.state_dict()
-    if not any(hasattr(tensor, "full_tensor") for tensor in state.values()):
+    if not is_sharded(state):
         return model
     found = {}
     for name, tensor in state.items():

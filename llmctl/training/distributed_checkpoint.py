@@ -26,11 +26,6 @@ from llmctl.training import distributed
 RANDOM = "random."  # rank 0's random states are the only ones that are kept, see `Ranks.stir`
 
 
-def is_sharded(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether they are cut up between the ranks."""
-    return any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
-
-
 def is_first() -> bool:
     """Whether this is the rank that writes what one rank alone writes."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -70,7 +65,7 @@ def read(folder: Path, name: str, model: nn.Module) -> dict[str, Tensor]:
     Names are those of parameters, or "<optimiser>/<parameter>/<slot>". With a sharded model, all ranks must come here.
     """
     parameters = dict(model.named_parameters())
-    sharded = is_sharded(parameters)
+    sharded = distributed.is_sharded(parameters)
     file = folder / f"{name}.safetensors"
     if file.exists() and not sharded:
         return dict(load_file(file))

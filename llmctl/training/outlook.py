@@ -72,9 +72,8 @@ def fitting(wanted: Training, batch: int, room: float) -> Training | None:
 
 def rate(chosen: Device, dtype: str, gemm: float = 0.0) -> tuple[float, str]:
     """FLOP/s that a training is expected to do on one device, and where that comes from; `gemm` was measured."""
-    known = device.gpu(chosen.name) if chosen.kind == "cuda" else None
     share = MFU[chosen.kind]
-    if known is not None:
+    if (known := chosen.listed) is not None:
         return share * known.peak, f"{100 * share:.0f} % of the maker's peak"
     best = gemm or GEMM[dtype] * chosen.threads
     return share * best, f"{100 * share:.0f} % of the best matrix product" + ("" if gemm else ", assumed")

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
-from llmctl import console, device, launch
+from llmctl import console, launch
 from llmctl.artifact import Job, stoppable
 from llmctl.errors import Interrupted, Paused, TimeUp
 from llmctl.model.config import Config
@@ -154,8 +153,8 @@ def begin(
         beta2=section.adam_beta2,
         dtype=choices.dtype,
     )
-    state = resume(job, job.recipe.seed, model, optimizers, plan.steps, average.tensors or None)
     saver = Saver(job.work, model, optimizers, average.tensors or None, keep=section.keep_last)
+    state = resume(job, saver, plan.steps)
     compiling.begin(state.step)
     stop = Stop(job, compiling)
     steps = loop.train(
@@ -183,16 +182,9 @@ def begin(
     )
 
 
-def resume(
-    job: Job,
-    seed: int,
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    steps: int,
-    ema: Mapping[str, Tensor] | None = None,
-) -> State:
-    """The state of the newest whole checkpoint, loaded into the model, else a fresh one. Logs are rewound to it."""
-    torch.manual_seed(seed)
+def resume(job: Job, saver: Saver, steps: int) -> State:
+    """The state of the newest whole checkpoint, loaded into the training, else a fresh one. Logs are rewound to it."""
+    torch.manual_seed(job.recipe.seed)
     begun = bool(checkpoint.checkpoints(job.work))
     with distributed.here(job.device.torch).first_goes():  # it drops what is damaged
         found = checkpoint.newest(job.work)
@@ -201,10 +193,10 @@ def resume(
         console.warn(f"no checkpoint is left; {job.settings.stage} starts over")
     if found is not None:
         folder, state = found
-        checkpoint.restore(folder, model, optimizers, ema)
+        saver.restore(folder)
         console.detail(f"resuming at step {state.step:,} of {steps:,} from {folder.name}")
         console.event("resumed", stage=job.settings.stage, step=state.step)
-    for log in (METRICS, SAMPLES):
+    for log in LOGS:
         journal.rewind(job.work / log, state.step)
     return state
 
@@ -265,7 +257,7 @@ def _watch(
     Raises:
         UnavailableError: a dashboard refuses.
     """
-    known = device.gpu(job.device.name) if job.device.kind == "cuda" else None
+    known = job.device.listed
     return watching.Watch(
         job.work / METRICS,
         state,
