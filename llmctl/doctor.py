@@ -7,6 +7,7 @@ a wheel that is broken, hangs or takes the interpreter down is a line of the tab
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
 import importlib.metadata
 import json
 import os
@@ -60,6 +61,7 @@ _PACKAGES = (
     ("peft", "", "loads finetune/adapter elsewhere", "pip install peft", False),
     ("openai", "", "a client for `llmctl serve`", "pip install openai", False),
     ("onnxruntime-genai", "", "runs exports elsewhere", "pip install --no-deps onnxruntime-genai", False),
+    ("tensorrt", "", "export --tensorrt: an engine", "pip install 'llmctl[tensorrt]' (with an NVIDIA GPU)", False),
 )
 
 # What each instruction set changes, best first within its family.
@@ -98,7 +100,8 @@ def doctor() -> dict[str, Any]:
     """
     modules = [module for _, module, _, _, needed in _PACKAGES if needed and module] + ["onnxruntime"]
     probes = _probe(modules)
-    checks = [*_packages(probes), *_runtimes(probes["onnxruntime"]), *_devices(probes), *_instructions(), *_compiler()]
+    checks = [*_packages(probes), *_runtimes(probes["onnxruntime"]), *_tensorrt(probes["onnxruntime"])]
+    checks += [*_devices(probes), *_instructions(), *_compiler()]
     total, available = _memory()
     checks += _room(total, available)
     return {
@@ -205,6 +208,35 @@ def _runtimes(probe: dict[str, Any]) -> list[Check]:
         return [Check(area, "onnxruntime", "problem", f"{found}: {probe['error']}", enables, mend)]
     providers = [name.removesuffix("ExecutionProvider") for name in probe.get("providers", [])]
     return [Check(area, "onnxruntime", "ok", f"{found} ({', '.join(providers)})", enables)]
+
+
+def _tensorrt(probe: dict[str, Any]) -> list[Check]:
+    """What else reads, makes or runs an engine: NVIDIA's parser, trtexec, and ONNX Runtime's provider."""
+    area, engine = "tensorrt", "pip install 'llmctl[tensorrt]' (with an NVIDIA GPU)"
+    names = ("tensorrt-rtx", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings")
+    parser, trtexec = next(filter(None, map(version, names)), ""), shutil.which("trtexec")
+    enables = "export --tensorrt: NVIDIA's own check, without a GPU"
+    checks = [
+        Check(area, "tensorrt-rtx", "ok", parser, enables)
+        if parser
+        else Check(area, "tensorrt-rtx", "missing", "not installed", enables, "pip install tensorrt-rtx")
+    ]
+    enables = "builds what export --tensorrt wrote elsewhere"
+    get = "it comes with NVIDIA's TensorRT archive and the container nvcr.io/nvidia/tensorrt"
+    checks.append(
+        Check(area, "trtexec", "ok", trtexec, enables)
+        if trtexec
+        else Check(area, "trtexec", "missing", "not on the PATH", enables, get)
+    )
+    enables, library = "export --tensorrt without the package tensorrt", ctypes.util.find_library("nvinfer")
+    if "TensorrtExecutionProvider" not in probe.get("providers", []):
+        found = Check(area, "provider", "missing", "not in this onnxruntime", enables, "pip install onnxruntime-gpu")
+    elif not (library or version("tensorrt")):  # every GPU wheel lists it
+        found = Check(area, "provider", "missing", "in onnxruntime, but no libnvinfer here", enables, engine)
+    else:
+        told = f"in onnxruntime, with {library or 'the package tensorrt'}"
+        found = Check(area, "provider", "ok", told, enables)
+    return [*checks, found]
 
 
 def _devices(probes: dict[str, dict[str, Any]]) -> list[Check]:

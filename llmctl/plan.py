@@ -13,9 +13,10 @@ from typing import Any
 from llmctl import console, device
 from llmctl.device import GPUS, Device, Gpu
 from llmctl.errors import UsageError
+from llmctl.finetune import prune
 from llmctl.finetune import stage as finetuning
 from llmctl.model import config as shapes
-from llmctl.model import hf
+from llmctl.model import hf, origin
 from llmctl.model.config import Config
 from llmctl.recipe import FinetuneSection, PretrainSection, TokenizerSection, seconds
 from llmctl.target import Target
@@ -80,6 +81,10 @@ def _found(target: Target, name: str, chosen: Device, gpu: str, nproc: int, mfu:
     dtype = chosen.dtype(section.dtype)[0] if row is None else _dtype(section.dtype, row.bf16)
     speed, why = _rate(chosen, row, dtype, mfu)
     config, unknown = _config(target)
+    teacher = None
+    if isinstance(section, FinetuneSection):
+        teacher = _teacher(target, section, config)
+        config = prune.shape(config, section) if section.prune == "structured" else config
     epoch = _epoch(target, section)
     if isinstance(section, PretrainSection) and section.time_budget:
         flops = seconds(section.time_budget) * speed * nproc
@@ -96,7 +101,7 @@ def _found(target: Target, name: str, chosen: Device, gpu: str, nproc: int, mfu:
     mine = -(-made.batch // nproc)
     if on_gpu and section.micro_batch_size == "auto":
         made = dataclasses.replace(made, micro_batch=mine)
-    wanted = outlook.training(section, config, made, dtype, on_gpu, nproc)
+    wanted = outlook.training(section, config, made, dtype, on_gpu, nproc, teacher)
     fitting = outlook.fitting(wanted, mine, room) if section.micro_batch_size == "auto" else wanted
     training = fitting or dataclasses.replace(wanted, micro_batch=1, accumulates=mine > 1)
     memory = footprint.memory(training)
@@ -113,7 +118,7 @@ def _found(target: Target, name: str, chosen: Device, gpu: str, nproc: int, mfu:
         room=room,
         fits=fits,
         change="" if fits else _change(name, training, mine, room, nproc),
-        flops_per_token=watching.flops_per_token(config, made.length),
+        flops_per_token=watching.flops_per_token(config, made.length, teacher=teacher),
         rate=speed * nproc,
         why=why,
         unknown=(*unknown, *more),
@@ -152,6 +157,12 @@ def _config(target: Target) -> tuple[Config, list[str]]:
     guessed = tokenizer.source or size != tokenizer.vocab_size
     unknown = [f"the vocabulary is known when prep has run; taken as {size:,} pieces"] if guessed else []
     return shapes.derive(made.section("model"), size)[0], unknown
+
+
+def _teacher(target: Target, section: FinetuneSection, base: Config) -> Config | None:
+    """The shape of the model that finetuning learns from, if there is one."""
+    name = section.taught_by
+    return base if name == "base" else hf.read_config(origin.find(name, target.recipe.root).path) if name else None
 
 
 def _epoch(target: Target, section: Section) -> int | None:

@@ -86,6 +86,24 @@ def test_both_onnx_runtimes_side_by_side_are_a_problem(monkeypatch: pytest.Monke
     assert (none.state, "pip install" in none.get) == ("problem", True)
 
 
+def test_tensorrt_comes_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The wheel of ONNX Runtime lists its provider on every machine: it is believed where TensorRT's library is."""
+    listed = {"providers": ["TensorrtExecutionProvider", "CPUExecutionProvider"]}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "version", lambda name: "")
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    parser, trtexec, provider = doctor._tensorrt(listed)
+    assert (parser.state, parser.get) == ("missing", "pip install tensorrt-rtx")
+    assert (trtexec.name, trtexec.state, "container" in trtexec.get) == ("trtexec", "missing", True)
+    assert (provider.state, "no libnvinfer" in provider.found) == ("missing", True)
+    assert doctor._tensorrt({"providers": []})[2].get == "pip install onnxruntime-gpu"
+
+    (tmp_path / "trtexec").write_text("#!/bin/sh\n")
+    (tmp_path / "trtexec").chmod(0o755)
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: "libnvinfer.so.10")
+    assert [check.state for check in doctor._tensorrt(listed)] == ["missing", "ok", "ok"]
+
+
 def test_a_driver_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "nvidia_driver", lambda: True)
     assert doctor._devices({"torch": {"cuda": ["NVIDIA H100"]}})[-1].state == "ok"

@@ -85,9 +85,6 @@ MISTAKES = {
     "chats for an encoder": (
         "[model]\nfamily='bert'\n[finetune]\nsources='x'", None, "bert is an encoder: leave the section out", ""
     ),
-    "graph of an encoder": (
-        "[model]\nfamily='t5'\n[export]", None, 'formats: "onnx" is of decoders; t5 is an encoder-decoder', ""
-    ),
     "infinite": ("[pretrain]\nlearning_rate = inf", 2, "finite", "--keys pretrain"),
     "missing": ("[prep]\nval_percent = 5", 1, "[prep] has no `sources`", "llmctl init --keys prep"),
     "empty": ("[prep]\nsources = []", 2, "names no source", "--keys prep"),
@@ -363,6 +360,7 @@ def test_operational_keys_are_never_declared() -> None:
         "pretrain": of_training | {"prompts", "sample_every"},
         "finetune": of_training,
         "eval": {"require"},
+        "export": {"debug_parity"},
         "serve": {"host", "port", "api_key", "served_model_name", "max_model_len", "runtime", "dtype"},
     }
     made = Recipe.model_validate({"name": "x", "prep": {"sources": ["a"]}, "finetune": {"sources": ["b"]}})

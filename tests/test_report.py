@@ -464,11 +464,26 @@ def test_an_export_that_its_gate_stopped(tmp_path: Path) -> None:
     work.mkdir(parents=True)
     case = {"case": "past N", "rows": [[33, 1, 1]], "difference": 1.2, "largest_logit": 4.0, "error": 0.3}
     worst = {"figure": "logits, past N", "value": 0.3, "limit": 1e-4}
-    parity = {"passed": False, "worst": worst, "limits": {"logits": 1e-4}, "logits": [case]}
+    node = {"name": "model.layers.1.self_attn.attended", "op": "GroupQueryAttention", "error": 0.2}
+    parity = {"passed": False, "worst": worst, "limits": {"logits": 1e-4}, "logits": [case], "nodes": {"first": node}}
     (work / "parity.json").write_text(json.dumps(parity))
     text = drawn(run).text
     assert "nothing was published" in text
     assert "logits, past N: off by 0.3" in text
+    assert "first node that differs is model.layers.1.self_attn.attended (GroupQueryAttention), by 0.2" in text
+
+
+def test_a_quantised_export(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    path = run.path / "export/finetune/onnx-ort/parity.json"
+    limits = {"increase": 0.05, "kl": 0.2, "lost": 0.3}
+    original = {"original_perplexity": 20.0, "perplexity": 20.5, "change": 0.025, "top1_agreement": 0.9}
+    original |= {"mean_kl": 0.03}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"original": {**original, "limits": limits}}))
+    text = drawn(run).text
+    assert "20.0000 → 20.5000 (+2.5000 %), up to 5.00 % allowed" in text
+    assert "90.00 %, 30.00 % may be lost" in text
+    assert "3.0e−2 nats a token, up to 2.0e−1 allowed" in text
 
 
 def test_an_artifact_older_than_its_input(tmp_path: Path) -> None:

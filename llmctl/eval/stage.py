@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,14 @@ import torch
 
 from llmctl import console
 from llmctl.artifact import Artifact, Job, digest, hash_file
+from llmctl.device import Device
 from llmctl.errors import DataError
 from llmctl.eval import compare
 from llmctl.inference import answers, generate, runners, scoring
 from llmctl.inference.runners import Runner, TorchRunner
 from llmctl.inference.sampling import Sampling
 from llmctl.model import hf
-from llmctl.model.transformer import Encoder, EncoderDecoder
+from llmctl.model.config import Config
 from llmctl.recipe import EvalSection
 from llmctl.text import sources, tasks
 from llmctl.text.chat import ChatTemplate
@@ -31,6 +32,8 @@ from llmctl.text.shards import Shards
 from llmctl.text.tasks import Question
 from llmctl.text.tokenizer import Tokenizer
 from llmctl.training import objectives, validation
+from llmctl.training.objectives import Objective
+from llmctl.training.validation import Validation
 
 UNTRAINED_ANSWERS = (
     8  # enough to show what no training looks like: it never ends by itself, so each is as long as may be
@@ -40,13 +43,21 @@ UNTRAINED_ANSWERS = (
 BUILTIN, BEGINNING = "builtin:python-stdlib", 32_768  # what is read where no text is named, and how many characters
 
 
+@dataclass(frozen=True)
+class Filler:
+    """A model that fills in what was hidden of a text, as torch or ONNX Runtime runs it."""
+
+    config: Config
+    asked: Callable[[Objective, np.ndarray], Validation]
+
+
 @dataclass
 class Column:
     """One model's scores. An encoder or encoder-decoder has no runner: it continues nothing."""
 
     name: str
     weights: str  # SHA-256 of the weights that were scored
-    model: Runner | Encoder | EncoderDecoder
+    model: Runner | Filler
     metrics: dict[str, float] = field(default_factory=dict)
     windows: list[float] = field(default_factory=list)  # nats of each piece of the validation text
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -74,7 +85,7 @@ def evaluate(job: Job) -> Artifact:
     with console.progress("eval", total=parts * len(columns), unit="parts") as live:
         for done, column in zip(range(0, parts * len(columns), parts), columns, strict=True):
             live.update(done, f"{column.name} · text")
-            if isinstance(column.model, Encoder | EncoderDecoder):
+            if isinstance(column.model, Filler):
                 _score_filling(column, column.model, material, tokenizer)
                 continue
             _score_text(column, column.model, material)
@@ -114,9 +125,7 @@ def _columns(job: Job, subject: Artifact) -> list[Column]:
                 hint="a masked language model is",
             )
         torch.set_num_threads(job.device.threads)
-        model = hf.load(subject.path, device=job.device.torch)
-        assert isinstance(model, Encoder | EncoderDecoder)
-        return [Column(subject.place, _weights(subject), model)]
+        return [Column(subject.place, _weights(subject), _filler(subject, config, job.device))]
     if subject.kind == "model":
         untrained = hf.random(config, job.recipe.seed).to(job.device.torch)
         assert isinstance(untrained, hf.Causal)
@@ -125,6 +134,24 @@ def _columns(job: Job, subject: Artifact) -> list[Column]:
         if artifact is not None:
             found.append(Column(artifact.place, _weights(artifact), runners.load(artifact.path, job.device)))
     return found
+
+
+def _filler(subject: Artifact, config: Config, device: Device) -> Filler:
+    longest = config.longest
+    if not runners.has_graph(subject.path):
+        model = hf.load(subject.path, device=device.torch)
+        return Filler(config, lambda task, ids: validation.validate(model, task, ids, max_seq_length=longest))
+    from llmctl.inference.onnx_encoder import EncoderRunner
+    from llmctl.inference.onnx_seq2seq import Seq2SeqRunner
+
+    kind = Seq2SeqRunner if config.kind == "encoder-decoder" else EncoderRunner
+    fill: Callable[..., np.ndarray] = kind(subject.path, device).fill
+
+    def said(*inputs: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(fill(*(part.numpy() for part in inputs)))
+
+    cpu = torch.device("cpu")
+    return Filler(config, lambda task, ids: validation.ask(said, config, task, ids, max_seq_length=longest, device=cpu))
 
 
 def _weights(artifact: Artifact) -> str:
@@ -191,7 +218,7 @@ def _chats(job: Job, section: EvalSection) -> Iterator[Conversation]:
                 yield with_system(found, learned.system if learned else "")
 
 
-def _score_filling(column: Column, model: Encoder | EncoderDecoder, material: Material, tokenizer: Tokenizer) -> None:
+def _score_filling(column: Column, model: Filler, material: Material, tokenizer: Tokenizer) -> None:
     """How well the hidden tokens of the text are filled in: the same ones for every model with this vocabulary."""
     if material.questions or material.chats:
         what, key = ("questions", "tasks") if material.questions else ("conversations", "conversations")
@@ -199,8 +226,7 @@ def _score_filling(column: Column, model: Encoder | EncoderDecoder, material: Ma
             f"{what} are for a model that answers, and this is an {model.config.kind}",
             hint=f"leave [eval] {key} out",
         )
-    objective = objectives.of(model.config, tokenizer)
-    found = validation.validate(model, objective, material.ids, max_seq_length=model.config.longest)
+    found = model.asked(objectives.of(model.config, tokenizer), material.ids)
     column.metrics |= found.metrics
     column.windows = found.window_nats.tolist()
 

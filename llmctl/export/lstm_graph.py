@@ -18,19 +18,28 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from llmctl.export.builder import IDS, KEPT, Graph, head, logits, save, value
-from llmctl.export.weights import fp32, rows
+from llmctl.errors import UsageError
+from llmctl.export.builder import IDS, KEPT, Graph, logits, save, value
+from llmctl.export.form import Form
+from llmctl.export.sublayers import head
+from llmctl.export.weights import rows, streamed
 from llmctl.model.config import Config
 
 GATES = (0, 3, 1, 2)  # ONNX's order, as places in torch's
 LAYER = "model.lstm"
 
 
-def write(model: Path, folder: Path, config: Config, metadata: Mapping[str, str]) -> int:
-    """`graph.write` for a model of kind "recurrent"."""
+def write(model: Path, folder: Path, config: Config, metadata: Mapping[str, str], form: Form | None = None) -> int:
+    """`graph.write` for a model of kind "recurrent".
+
+    Raises:
+        UsageError: a dtype other than fp32.
+    """
+    if form is not None and form.dtype != "fp32":
+        raise UsageError(f"an LSTM is exported in fp32, not in {form.dtype}", hint='[export] dtype = "fp32"')
     lengths = value("sequence_lengths", TensorProto.INT32, "batch_size")
     inputs = [IDS, lengths, *states(config, "past"), KEPT]
-    return save(model, folder, config, metadata, recurrent, inputs, [logits(config), *states(config, "present")])
+    return save(model, folder, config, metadata, recurrent, inputs, [logits(config), *states(config, "present")], form)
 
 
 def recurrent(g: Graph) -> None:
@@ -69,7 +78,7 @@ def reordered(g: Graph, name: str) -> Iterator[bytes]:
     """The bytes of a tensor, its four gates in ONNX's order."""
     tensor, size = g.take(name), g.config.hidden_size
     for gate in GATES:
-        yield from fp32(rows(tensor, gate * size, size))
+        yield from streamed(rows(tensor, gate * size, size))
 
 
 def states(c: Config, prefix: str) -> list[onnx.ValueInfoProto]:

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from llmctl import console
 from llmctl.artifact import Artifact, Job
-from llmctl.errors import DataError, UsageError
-from llmctl.export import genai, gguf, graph, hf, lstm_graph, parity
-from llmctl.inference import onnx_recurrent
+from llmctl.errors import UsageError
+from llmctl.export import (
+    bisect,
+    encoder_graph,
+    genai,
+    gguf,
+    graph,
+    hf,
+    kv_cache,
+    lowrank,
+    lstm_graph,
+    parity,
+    parity_encoder,
+    quantize,
+    reports,
+    seq2seq_graph,
+    tensorrt,
+)
+from llmctl.export.form import Form
+from llmctl.export.provenance import provenance
+from llmctl.export.texts import calibration_text, gate_text
+from llmctl.inference import exported
 from llmctl.model import hf as models
+from llmctl.model.config import Config
 from llmctl.model.transformer import Decoder
-from llmctl.text import sources
-from llmctl.text.shards import Shards
 from llmctl.text.tokenizer import Tokenizer
-
-BUILTIN = "builtin:python-stdlib"  # the text of the perplexity check where there is no other
-ENOUGH = parity.TEXT + 1  # tokens
 
 
 def export(job: Job) -> Artifact:
@@ -38,61 +56,83 @@ def export(job: Job) -> Artifact:
         )
     if variant.startswith("gguf-"):
         return export_gguf(job)
+    if variant.startswith("hf-"):
+        return quantize.quantize(job)
+    if variant.startswith("tensorrt-"):
+        return tensorrt.export(job)
     return export_hf(job) if variant == "hf" else export_onnx(job)
 
 
 def export_onnx(job: Job) -> Artifact:
-    """A decoder graph with a KV cache, its weights beside it, and parity.json, which says how near it is to the model.
+    """A graph, its weights beside it, and parity.json, which says how near it is to the model.
 
-    On failure parity.json stays in the run's working folder.
+    A quantised graph has its weights from the input "quantized". On failure parity.json stays in the run's working
+    folder.
     """
-    model, started = job.inputs["model"], time.monotonic()
+    model, started, section = job.inputs["model"], time.monotonic(), job.recipe.section("export")
+    weights, form = job.inputs.get("quantized", model), Form(section.profile, section.dtype)
+    adapter = model.path / "adapter" if section.adapter == "apart" else None
+    if adapter is not None:
+        weights, form = lowrank.base(model), replace(form, adapted=lowrank.modules(adapter))
     config, tokenizer = models.read_config(model.path), Tokenizer.load(model.path)
-    if config.task != "causal-lm":
-        raise UsageError(
-            f"{model.path} is a {config.family} {config.kind}, and the ONNX export is of decoders so far",
-            hint="llmctl export --hf writes the folder that transformers loads",
-        )
     models.check_vocabulary(config, len(tokenizer), model.path, tokenizer.special_ids)
     torch.set_num_threads(job.device.threads)
     tokens, text = gate_text(job, model, tokenizer)
+    writer = writer_of(config)
+    if section.kv_cache == "int8":
+        windows = calibration_text(job, model, tokenizer, kv_cache.WINDOWS, min(kv_cache.WINDOW, config.longest))
+        form = replace(form, cache=kv_cache.calibrated(weights.path, windows[0].reshape(-1), job.device.torch))
 
     with job.publishing() as staging:
-        recurrent = config.kind == "recurrent"
-        size = (lstm_graph if recurrent else graph).write(model.path, staging.path, config, provenance(model))
+        told = provenance(model if adapter is None else weights)
+        size = writer.write(weights.path, staging.path, config, told, form)
         hf.copy_companions(model.path, staging.path)
-        if not recurrent:  # onnxruntime-genai knows decoders alone
+        if adapter is not None:
+            lowrank.write(adapter, staging.path, form.dtype)
+        if writer is graph and form.profile == "ort":  # onnxruntime-genai knows decoders alone
             genai.write(staging.path, config)
 
-        runner = onnx_recurrent.load(staging.path, job.device)
-        reference = models.load_causal(model.path, device=job.device.torch)
-        report = parity.measure(reference, runner, tokens, text)
+        report = reported(job, staging.path, form, tokens, text)
         parity.gate(report, job.work / "parity.json")
         (job.work / "parity.json").rename(staging.path / "parity.json")
 
-        run, read = report["greedy"], report["text"]
-        metrics = {
-            "bytes": size,
-            "parity_error": report["error"],
-            "greedy_tokens": run["tokens"],
-            "greedy_equal": run["equal"],
-            "perplexity": read["onnx_perplexity"],
-            "perplexity_change": read["change"],
-            "perplexity_text": read["name"],
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        artifact = staging.seal(metrics, logs=("parity.json",))
+        seconds = round(time.monotonic() - started, 3)
+        artifact = staging.seal({"bytes": size, **reports.metrics(report), "seconds": seconds}, logs=("parity.json",))
 
-    same, change = (
-        f"greedy {run['equal']}/{run['tokens']} equal",
-        f"perplexity {round(100 * read['change'], 2) + 0.0:+.2f} %",
-    )
-    figures = f"onnx-ort {console.size(size)} · parity {report['error']:.1e} · {same} · {change}"
+    figures = f"{job.place.rpartition('/')[2]} {console.size(size)} · {reports.summary(report)}"
     console.stage("export", figures, console.duration(time.monotonic() - started))
-    for parting in run["partings"]:
+    for parting in report.get("greedy", {}).get("partings", ()):
         gap = f"{parting['gap']:.1e} apart (below {parting['limit']:.1e} is a tie)"
         console.detail(f"greedy token {parting['token']} parted where the model's two best logits are {gap}")
     return artifact
+
+
+def reported(job: Job, folder: Path, form: Form, tokens: np.ndarray, text: str) -> dict[str, Any]:
+    """The gate's report on the graph in `folder`: see `parity.measure`."""
+    model, section = job.inputs["model"], job.recipe.section("export")
+    weights = job.inputs.get("quantized", model)
+    if models.read_config(model.path).task != "causal-lm":
+        mask = Tokenizer.load(model.path).mask_id
+        return parity_encoder.measure(weights.path, folder, job.device, tokens, text, form.dtype, mask)
+    runner = exported.load(folder, job.device)
+    reference = models.load_causal(weights.path, device=job.device.torch)
+    kept: dict[str, Any] = {}
+    if weights is not model or form.cache:
+        original, allowed = models.load_causal(model.path, device=job.device.torch), parity.allowed_increase(section)
+        kept = {"original": original, "max_increase": allowed}
+    report = parity.measure(reference, runner, tokens, text, "int8" if kept else form.dtype, **kept)
+    if not report["passed"] or section.debug_parity:
+        bisect.blame(report, reference, runner, tokens)
+    return report
+
+
+def writer_of(config: Config) -> Any:
+    """The module that writes such a model's graph."""
+    if config.kind == "recurrent":
+        return lstm_graph
+    if config.kind == "encoder-decoder":
+        return seq2seq_graph
+    return graph if config.task == "causal-lm" else encoder_graph
 
 
 def export_hf(job: Job) -> Artifact:
@@ -119,6 +159,7 @@ def export_gguf(job: Job) -> Artifact:
     gguf.architecture_of(reference.config)
     assert isinstance(reference, Decoder)
     told = {"general.name": job.run.name, **provenance(model)}
+    told.pop("llmctl.chat_template", "")  # a GGUF file has keys of its own for these two
     if licence := told.pop("llmctl.licence", ""):
         told["general.license"] = licence
     tokens, text = gate_text(job, model, Tokenizer.load(model.path))
@@ -150,52 +191,3 @@ def export_gguf(job: Job) -> Artifact:
         "export", f"gguf-{kind} {console.size(size)} · {same} · {change}", console.duration(time.monotonic() - started)
     )
     return artifact
-
-
-def provenance(model: Artifact) -> dict[str, str]:
-    """What the graph's properties say of its origin."""
-    known = {"llmctl.model": model.identity, "llmctl.stage": model.stage}
-    for name, entry in model.manifest["files"].items():
-        if name.endswith(".safetensors"):
-            known[f"llmctl.sha256.{name}"] = entry["sha256"]
-    licence = model.licence()
-    return known | ({"llmctl.licence": licence} if licence else {})
-
-
-def gate_text(job: Job, model: Artifact, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
-    """Ids of the text that the gate reads, and its name.
-
-    `[export] text`, else the validation split of the tokens the model was trained on, else the built-in text.
-    """
-    asked = job.recipe.section("export").text
-    if asked:
-        return tokens_of(tokenizer, asked, job), asked
-    data = training_data(model)
-    if data is not None:
-        shards = Shards.open(data.path, "val")
-        if len(shards) > 1:
-            return shards[:ENOUGH], f"the validation split of prep {data.short}"
-    return tokens_of(tokenizer, BUILTIN, job), BUILTIN
-
-
-def training_data(model: Artifact | None) -> Artifact | None:
-    """The tokens that the model, or the one it was finetuned from, was trained on, if they are still there."""
-    while model is not None:
-        data = model.input("data")
-        if data is not None and data.kind == "tokens":
-            return data
-        model = model.input("model")
-    return None
-
-
-def tokens_of(tokenizer: Tokenizer, source: str, job: Job) -> np.ndarray:
-    """The first tokens of a source, each document between <s> and </s> as in the shards."""
-    ids: list[int] = []
-    bos, eos = ([id] if id is not None else [] for id in (tokenizer.begin_id, tokenizer.end_id))
-    for document in sources.documents(source, job.recipe.root, tally=sources.Tally()):
-        ids += [*bos, *tokenizer.encode(document.text[: 16 * ENOUGH]), *eos]
-        if len(ids) >= ENOUGH:
-            break
-    if len(ids) < 2:
-        raise DataError("too little text for the perplexity check", file=source, hint="name more as [export] text")
-    return np.array(ids[:ENOUGH], np.int64)

@@ -19,10 +19,13 @@ MULTIPLE = 64  # rows are padded to a multiple of this, so that few different sh
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation as ids; `supervised` marks the assistant's tokens and the token that ends each of its turns."""
+    """A conversation as ids; `supervised` marks the assistant's tokens and the token that ends each of its turns.
 
-    ids: tuple[int, ...]
-    supervised: tuple[bool, ...]
+    Or a window of plain text, all of it supervised.
+    """
+
+    ids: Sequence[int]
+    supervised: Sequence[bool]
 
 
 def batches(

@@ -6,55 +6,36 @@ import copy
 import dataclasses
 import functools
 import math
-import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmctl import console, launch
 from llmctl.artifact import Artifact, Job
 from llmctl.errors import DataError, RecipeError
-from llmctl.finetune.batches import Example, batches
+from llmctl.finetune import comparing, prune, teacher
+from llmctl.finetune import lesson as lessons
+from llmctl.finetune.batches import batches
+from llmctl.finetune.comparing import Row
+from llmctl.finetune.lesson import Lesson, quality
 from llmctl.inference import answers
 from llmctl.inference.runners import TorchRunner
 from llmctl.model import hf, lora
 from llmctl.model.hf import Causal, Model
 from llmctl.model.transformer import Decoder
 from llmctl.recipe import FinetuneSection
-from llmctl.text import chat, sources
-from llmctl.text.chat import ChatTemplate
-from llmctl.text.conversations import Conversation, conversations, with_system
-from llmctl.text.tokenizer import Tokenizer
 from llmctl.training import choices as selecting
 from llmctl.training import optim, outlook, planning, reporters, session
 from llmctl.training.batch import Batch
 from llmctl.training.choices import Choices
+from llmctl.training.distillation import Distiller
 from llmctl.training.objectives import Learner
 from llmctl.training.planning import Plan
 
 PEAK = {"full": 2.5e-4, "lora": 2e-3}  # learning rates at width 256, the first tuned on recipes/small.toml
 BATCH = 32  # conversations a step, at most
-PROBED = 64  # held-out conversations scored before and after
 # On the way fewer, so that it is no more than this share of the run's operations, but not fewer than so many.
 PROBED_SHARE, PROBED_LEAST = 0.0075, 8
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What is learned and what it is measured on, as this model reads it."""
-
-    tokenizer: Tokenizer
-    template: ChatTemplate
-    ends: tuple[int, ...]  # what ends a turn, beside what the model knows
-    conversations: int
-    examples: list[Example]
-    probe: list[Conversation]  # held out; scored before, during and after
-    length: int  # tokens of the longest conversation there may be
-
-    def score(self, model: Causal, most: int = PROBED) -> float:
-        """Bits a byte of the held-out answers, or of the first of them."""
-        return answers.score(TorchRunner.of(model), self.tokenizer, self.template, self.probe[:most]).bits_per_byte
 
 
 def finetune(job: Job) -> Artifact | None:
@@ -63,20 +44,13 @@ def finetune(job: Job) -> Artifact | None:
     reporters.require(section.report_to)
     held = outlook.memory_now()
     model = _model(job, start)
-    lesson = _lesson(job, section, start, model)
-    if section.packing and not isinstance(model, Decoder):
-        raise RecipeError(
-            "[finetune] packing: an LSTM reads a row as one text",
-            hint="leave the key out",
-        )
+    lesson = lessons.prepare(job, section, start, model)
+    _check(section, model)
+    rows, told = list[Row](), ""
+    if section.prune:
+        model, rows, told = prune.begin(job, section, model, lesson)
     if section.method == "lora":
-        if not isinstance(model, Decoder):
-            raise RecipeError(
-                '[finetune] method = "lora" changes the projections of attention, and an LSTM has none',
-                hint='method = "full" trains all of it',
-            )
-        if section.strategy == "fsdp" and launch.size() > 1:
-            raise RecipeError('[finetune] strategy = "fsdp" with adapters', hint='"ddp": adapters are small')
+        assert isinstance(model, Decoder)
         lora.apply(model, section.lora_r, section.lora_alpha, section.lora_target_modules, job.recipe.seed)
     plan = planning.make(
         section,
@@ -86,12 +60,14 @@ def finetune(job: Job) -> Artifact | None:
         peak=PEAK[section.method] * optim.GAIN.get(section.optimizer, 1.0) * planning.GAIN.get(model.config.kind, 1.0),
         cap=BATCH,
     )
-    learner = Learner(model)
+    taught_by = teacher.load(job, section, lesson)
+    learner = Distiller(model, taught_by, section.distill_weight, section.temperature) if taught_by else Learner(model)
     mean = sum(len(example.ids) for example in lesson.examples) // len(lesson.examples)
     tokens = mean * plan.batch * plan.steps
     choices, compiling = selecting.choose(job, section, learner, plan, tokens)
-    _announce(section, plan, choices, lesson.examples)
-    before = bits = lesson.score(model) if launch.rank() == 0 else math.nan
+    _announce(section, plan, choices, lesson, told)
+    scored: Mapping[str, float] = (rows[-1] if rows else lesson.score(model)) if launch.rank() == 0 else {}
+    before, bits = rows[0] if rows else scored, quality(scored)
     batches = functools.partial(_batches, lesson, plan, job.recipe.seed, section.packing)
     run = session.begin(job, section, learner, plan, choices, compiling, batches, tokens=tokens, length=mean, held=held)
     probed = _probed(plan)
@@ -99,11 +75,11 @@ def finetune(job: Job) -> Artifact | None:
         for step in run:
             live.update(step.number, run.watch.text(step, plan.steps, f"{bits:.3f} bits/byte"))
             if run.every(step, plan.eval_every):
-                scored: dict[str, float] = {}  # a signal may break it off; the step is told of all the same
+                scored = {}  # a signal may break it off; the step is told of all the same
                 with run.measuring() as mine:
                     if mine:
-                        bits = lesson.score(model, probed)
-                        scored = {"answer_bits_per_byte": bits}
+                        scored = lesson.score(model, probed)
+                        bits = quality(scored)
                 run.watch.record(step, scored)
             elif step.every(section.log_every) or step.number == plan.steps:
                 run.watch.record(step)
@@ -115,7 +91,20 @@ def finetune(job: Job) -> Artifact | None:
     if trained is None:
         return None
     with compiling.eagerly():
-        return _publish(job, _causal(trained), lesson, figures, before)
+        return _publish(job, _causal(trained), lesson, figures, before, rows)
+
+
+def _check(section: FinetuneSection, model: Causal) -> None:
+    """Raises RecipeError where the keys of [finetune] don't go with the model."""
+    if section.packing and not isinstance(model, Decoder):
+        raise RecipeError("[finetune] packing: an LSTM reads a row as one text", hint="leave the key out")
+    if section.method == "lora" and not isinstance(model, Decoder):
+        raise RecipeError(
+            '[finetune] method = "lora" changes the projections of attention, and an LSTM has none',
+            hint='method = "full" trains all of it',
+        )
+    if section.method == "lora" and section.strategy == "fsdp" and launch.size() > 1:
+        raise RecipeError('[finetune] strategy = "fsdp" with adapters', hint='"ddp": adapters are small')
 
 
 def _causal(model: Model) -> Causal:
@@ -137,16 +126,6 @@ def _model(job: Job, start: Artifact) -> Causal:
     return hf.load_causal(start.path, device=job.device.torch)
 
 
-def _lesson(job: Job, section: FinetuneSection, start: Artifact, model: Causal) -> Lesson:
-    tokenizer = Tokenizer.load(start.path)
-    template = ChatTemplate.load(start.path) or ChatTemplate(chat.CHATML)
-    ends = _ends_of_turn(tokenizer, template, start)
-    length = min(section.max_seq_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    train, held_out = _conversations(job, section)
-    examples = _examples(train, tokenizer, template, length, job)
-    return Lesson(tokenizer, template, ends, len(train), examples, held_out[:PROBED], length)
-
-
 def _batches(lesson: Lesson, plan: Plan, seed: int, packing: bool, position: int) -> Iterator[Batch]:
     return batches(
         lesson.examples,
@@ -166,25 +145,29 @@ def _probed(plan: Plan) -> int:
     return max(PROBED_LEAST, int(3 * PROBED_SHARE * plan.batch * plan.steps / max(1, evaluations)))
 
 
-def _publish(job: Job, model: Causal, lesson: Lesson, figures: Mapping[str, Any], before: float) -> Artifact:
+def _publish(
+    job: Job, model: Causal, lesson: Lesson, figures: Mapping[str, Any], before: Mapping[str, Any], rows: list[Row]
+) -> Artifact:
     """Merges the adapter, measures what came out and seals it with the template."""
+    section, start = job.recipe.section("finetune"), job.inputs["model"]
     with job.publishing() as staging:
         model = _merged(job, model, lesson, staging.path)
-        after, longest = lesson.score(model), min(128, lesson.length // 2)
-        said = answers.ask(TorchRunner.of(model), lesson.tokenizer, lesson.template, lesson.probe, longest)
-        ended = answers.ended(said)
-        console.detail(_told(before, after, ended), console.duration(figures["seconds"]))
+        after: dict[str, Any] = lesson.score(model)
+        after |= {f"{name}_before": before[name] for name in after}
+        if lesson.template is not None and lesson.probe:
+            longest = min(128, lesson.length // 2)
+            said = answers.ask(TorchRunner.of(model), lesson.tokenizer, lesson.template, lesson.probe, longest)
+            after["answers_ended"] = answers.ended(said)
+        console.detail(_told(after), console.duration(figures["seconds"]))
         _save(job, model, lesson, staging.path)
+        if rows:
+            rows = [*rows, comparing.row("after", model, lesson)]
+            comparing.add_speeds([rows[0], rows[-1]], [start.path, staging.path], job.device)
+            comparing.tell(rows)
+            after["compression"] = rows
         session.publish_logs(job.work, staging.path)
-        metrics = {
-            "answer_bits_per_byte": after,
-            "answer_bits_per_byte_before": before,
-            "answers_ended": ended,
-            "conversations": lesson.conversations,
-            "supervised_share": _share(lesson.examples),
-            **figures,
-        }
-        return staging.seal(metrics, logs=session.LOGS)
+        told = {"conversations": lesson.conversations, "supervised_share": lessons.share(lesson.examples)}
+        return staging.seal({**after, **told, **figures}, logs=session.LOGS, told=teacher.told(job, section))
 
 
 def _merged(job: Job, model: Causal, lesson: Lesson, folder: Path) -> Causal:
@@ -200,7 +183,8 @@ def _merged(job: Job, model: Causal, lesson: Lesson, folder: Path) -> Causal:
 
 def _save(job: Job, model: Causal, lesson: Lesson, folder: Path) -> None:
     hf.save(model, job.inputs["model"].path, folder)
-    lesson.template.save(folder)
+    if lesson.template is not None:
+        lesson.template.save(folder)
 
 
 def _keep(job: Job, lesson: Lesson, model: Model, folder: Path) -> None:
@@ -208,81 +192,28 @@ def _keep(job: Job, lesson: Lesson, model: Model, folder: Path) -> None:
     _save(job, _merged(job, _causal(copy.deepcopy(model)), lesson, folder), lesson, folder)
 
 
-def _conversations(job: Job, section: FinetuneSection) -> tuple[list[Conversation], list[Conversation]]:
-    """Training and held-out conversations; the hash that splits prep's documents splits these."""
-    every = [
-        with_system(conversation, section.system)
-        for source in section.sources
-        for conversation in conversations(source, job.recipe.root, on_error=section.on_error)
-    ]
-    held_out = [found for found in every if sources.is_held_out(found, section.val_percent)]
-    train = [found for found in every if not sources.is_held_out(found, section.val_percent)]
-    if len(every) < 2 or not train:
-        raise DataError(
-            f"{len(every)} conversations are too few to train and to validate",
-            file=section.sources[0],
-            hint="add more of them",
-        )
-    if not held_out:  # a handful of conversations: the hash may pick none
-        train, held_out = train[:-1], train[-1:]
-    chooser = random.Random(job.recipe.seed)
-    chooser.shuffle(held_out)
-    if section.max_examples is not None and len(train) > section.max_examples:
-        train = [train[i] for i in sorted(chooser.sample(range(len(train)), section.max_examples))]
-    return train, held_out
+def _told(after: Mapping[str, Any]) -> str:
+    told = []
+    for key, what in (("answer_bits_per_byte", "answers"), ("val_bits_per_byte", "text")):
+        if (found := after.get(key, math.nan)) == found:
+            told.append(f"{what} {after[f'{key}_before']:.2f} -> {found:.2f} bits/byte")
+        elif key in after:
+            told.append("no held-out answer fits the context")
+    if (ended := after.get("answers_ended", math.nan)) == ended:
+        told.append(f"{100 * ended:.0f} % end by themselves")
+    return " · ".join(told)
 
 
-def _ends_of_turn(tokenizer: Tokenizer, template: ChatTemplate, start: Artifact) -> tuple[int, ...]:
-    """The token that ends a turn of our own template; a model that brought its template knows its own."""
-    if template.source != chat.CHATML:
-        return ()
-    if "<|im_end|>" not in tokenizer.specials:
-        raise DataError(
-            "this vocabulary has no <|im_end|>, which the ChatML template ends a turn with",
-            file=start.path / "tokenizer.json",
-            hint="put a chat_template.jinja of the model's own into its folder",
-        )
-    return (tokenizer.special("<|im_end|>"),)
-
-
-def _examples(
-    train: list[Conversation], tokenizer: Tokenizer, template: ChatTemplate, length: int, job: Job
-) -> list[Example]:
-    """The conversations as ids. Too long ones are counted and left out; nothing to learn from is an error."""
-    found, long = [], 0
-    for conversation in train:
-        ids, mask = chat.supervised(template, tokenizer, conversation.messages)
-        if len(ids) > length + 1:
-            long += 1
-        elif any(mask):
-            found.append(Example(tuple(ids), tuple(mask)))
-    if not found:
-        why = f"all {long} are longer than {length} tokens" if long else "no assistant turn has any token"
-        raise DataError(
-            f"nothing to learn from: zero supervised tokens in {len(train)} conversations ({why})",
-            file=job.recipe.section("finetune").sources[0],
-            hint="raise [model] max_seq_length, or shorten the conversations"
-            if long
-            else "each conversation needs an assistant's answer",
-        )
-    if long:
-        console.note(f"{long:,} of {len(train):,} conversations are longer than {length} tokens and are left out")
-    return found
-
-
-def _told(before: float, after: float, ended: float) -> str:
-    fits = f"answers {before:.2f} -> {after:.2f} bits/byte" if after == after else "no held-out answer fits the context"
-    return fits + (f" · {100 * ended:.0f} % end by themselves" if ended == ended else "")
-
-
-def _share(examples: list[Example]) -> float:
-    return sum(sum(example.supervised) for example in examples) / sum(len(example.ids) for example in examples)
-
-
-def _announce(section: FinetuneSection, plan: Plan, choices: Choices, examples: list[Example]) -> None:
-    share = f"{len(examples):,} conversations, {100 * _share(examples):.0f} % of tokens supervised"
-    console.stage("finetune", f"{', '.join(section.sources)}    {share}")
+def _announce(section: FinetuneSection, plan: Plan, choices: Choices, lesson: Lesson, pruned: str) -> None:
+    learned = len(lesson.examples) - lesson.windows
+    counts = f"{learned:,} conversations" * bool(learned), f"{lesson.windows:,} windows of text" * bool(lesson.windows)
+    share = f"{', '.join(filter(None, counts))}, {100 * lessons.share(lesson.examples):.0f} % of tokens supervised"
+    console.stage("finetune", f"{', '.join((*section.sources, *section.text))}    {share}")
     for formula in plan.formulas:
         console.debug(f"{'':12}{formula}")
+    if pruned:
+        console.detail(f"{section.prune}: {pruned}")
+    if section.taught_by:
+        console.detail(f"taught by {section.taught_by}: {100 * section.distill_weight:.0f} % of the loss")
     optimizer = f"{section.method}, {section.optimizer} {plan.learning_rate:g}"
     console.detail(f"{plan.steps:,} steps of {plan.batch} · {optimizer} · {choices.describe()}")

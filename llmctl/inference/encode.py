@@ -18,6 +18,7 @@ import torch
 from llmctl.device import Device
 from llmctl.errors import DataError
 from llmctl.model import hf, packed
+from llmctl.model.config import Config
 from llmctl.model.jsonfile import read_json
 from llmctl.model.transformer import Encoder
 from llmctl.text.tokenizer import Tokenizer
@@ -56,7 +57,11 @@ class Embedder:
         if not isinstance(model, Encoder) or config.task != "embedding":
             raise DataError(f"is a {config.family} {config.kind} for {config.task}, not for embeddings", file=folder)
         packed.pack(model)
-        self.model, self.tokenizer = model, Tokenizer.load(folder)
+        self.model = model
+        self._take(folder, config)
+
+    def _take(self, folder: Path, config: Config) -> None:
+        self.tokenizer = Tokenizer.load(folder)
         self.vocab_size, self.dimensions, self.longest = config.vocab_size, config.hidden_size, config.longest
         trained = read_json(folder / TRAINED) if (folder / TRAINED).is_file() else {}
         length = trained.get("max_seq_length")
@@ -101,6 +106,10 @@ class Embedder:
         mask = np.zeros(ids.shape, bool)
         for place, row in enumerate(rows):
             ids[place, : len(row)], mask[place, : len(row)] = row, True
+        return self._run(ids, mask)
+
+    def _run(self, ids: np.ndarray, mask: np.ndarray) -> Vectors:
+        """The vectors of (B, T) ids; `mask` (B, T) is false at padding."""
         device = self.model.device
         with torch.inference_mode():
             found = self.model(torch.from_numpy(ids).to(device), mask=torch.from_numpy(mask).to(device))

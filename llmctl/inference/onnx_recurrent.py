@@ -16,7 +16,7 @@ import numpy as np
 
 from llmctl.device import Device
 from llmctl.errors import DataError
-from llmctl.inference.onnx_runner import GRAPH, OnnxRunner, check, open_session
+from llmctl.inference.onnx_runner import GRAPH, check, open_session
 from llmctl.model import hf
 
 
@@ -107,12 +107,3 @@ class RecurrentRunner:
         """See `runners.Runner`."""
         kept = list(rows)
         return RecurrentCache(cache.h[:, kept], cache.c[:, kept], cache.lengths[kept], cache.max_length)
-
-
-Exported = OnnxRunner | RecurrentRunner
-
-
-def load(folder: Path, device: Device) -> Exported:
-    """The runner for an exported graph; raises what `OnnxRunner` raises."""
-    recurrent = hf.read_config(folder).kind == "recurrent"
-    return RecurrentRunner(folder, device) if recurrent else OnnxRunner(folder, device)

@@ -13,39 +13,50 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import onnx
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from llmctl.device import Device
-from llmctl.errors import DataError, UnavailableError
+from llmctl.errors import DataError, RunError, UnavailableError
+from llmctl.inference.external_data import check_external_data
 from llmctl.model import hf
 
-GRAPH = "model.onnx"
+GRAPH, ADAPTER = "model.onnx", "adapter.onnx_adapter"
 PAST = "past_key_values."
+# What a cache may hold, as onnx.TensorProto numbers it, and where that lies: NumPy has no bfloat16.
+KINDS = {"tensor(float)": 1, "tensor(int8)": 3, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+STORED: dict[int, Any] = {1: np.float32, 3: np.int8, 10: np.uint16, 16: np.uint16}
 ERRORS_ONLY = 3  # ONNX Runtime's severity; 2 warns about `logits_to_keep`, whose default is meant
 
 
 class OnnxCache:
     """Keys and values of B sequences, (B, K, max_length, D) a layer, in the device's memory.
 
-    `lengths` (B,) counts what each row holds. A view (`rows`) shares memory and lengths with the whole.
+    `lengths` (B,) counts what each row holds. A view (`rows`) shares memory and lengths with the whole. The
+    values lie in buffers of `STORED`.
     """
 
-    def __init__(
-        self, session: ort.InferenceSession, buffers: Mapping[str, Any], lengths: np.ndarray, first: int = 0
-    ) -> None:
-        self.session, self.buffers, self.lengths, self.first = session, buffers, lengths, first
+    def __init__(self, runner: OnnxRunner, buffers: dict[str, Any], lengths: np.ndarray, first: int = 0) -> None:
+        self.runner, self.buffers, self.lengths, self.first = runner, buffers, lengths, first
         self.views: dict[tuple[int, int], OnnxCache] = {}
-        self.binding = session.io_binding()
-        for name, buffer in buffers.items():
+        self.binding = runner.session.io_binding()
+        for name, value in runner.adapter.items():
+            self.binding.bind_ortvalue_input(name, value)
+        self.bind()
+
+    def bind(self) -> None:
+        """Points the session at these rows of the buffers."""
+        kind = self.runner.cache_kind
+        width = np.dtype(STORED[kind]).itemsize
+        for name, buffer in self.buffers.items():
             _, *row = buffer.shape()  # (K, max_length, D)
-            shape, pointer = [len(lengths), *row], buffer.data_ptr() + 4 * first * math.prod(row)
-            place = (buffer.device_name(), 0, np.float32, shape, pointer)
+            shape, pointer = [len(self.lengths), *row], buffer.data_ptr() + width * self.first * math.prod(row)
+            place = (buffer.device_name(), 0, kind, shape, pointer)
             self.binding.bind_input(f"{PAST}{name}", *place)  # the past, and the present that grows in it
             self.binding.bind_output(f"present.{name}", *place)
 
@@ -63,7 +74,7 @@ class OnnxCache:
         """Some rows; the same view each time, since binding it costs as much as a step of a small model."""
         if (start, stop) not in self.views:
             lengths = self.lengths[start:stop]
-            self.views[start, stop] = OnnxCache(self.session, self.buffers, lengths, self.first + start)
+            self.views[start, stop] = OnnxCache(self.runner, self.buffers, lengths, self.first + start)
         return self.views[start, stop]
 
     def select(self, rows: Sequence[int]) -> OnnxCache:
@@ -73,7 +84,7 @@ class OnnxCache:
             name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(buffer.numpy()[at]), buffer.device_name())
             for name, buffer in self.buffers.items()
         }
-        return OnnxCache(self.session, held, self.lengths[list(rows)])
+        return OnnxCache(self.runner, held, self.lengths[list(rows)])
 
     def reset(self) -> None:
         """Forgets every row; what the buffers hold is never read again."""
@@ -91,8 +102,8 @@ class OnnxRunner:
 
     start_ids: tuple[int, ...] = ()
 
-    def __init__(self, folder: Path, device: Device) -> None:
-        """Loads the graph.
+    def __init__(self, folder: Path, device: Device, session: ort.InferenceSession | None = None) -> None:
+        """Loads the graph, unless there is a session of it already.
 
         Raises:
             DataError: a file is missing or no ONNX model, or the graph names weights outside its folder.
@@ -102,15 +113,19 @@ class OnnxRunner:
         self.folder, self.device = folder, device
         self.vocab_size, self.eos_ids = config.vocab_size, config.eos_ids
         self.max_length = config.max_position_embeddings
-        self.session = open_session(folder, device)
+        self.session = session or open_session(folder, device)
         names = [value.name for value in self.session.get_inputs()]
         self.cache_names = [name.removeprefix(PAST) for name in names if name.startswith(PAST)]
         layers = config.num_hidden_layers
         if len(self.cache_names) != 2 * layers:
             raise DataError(f"has a cache of {len(self.cache_names)} tensors for {layers} layers", file=folder / GRAPH)
-        self.cache_row = (config.num_key_value_heads, config.head_dim)
-        overridable = {value.name for value in self.session.get_overridable_initializers()}
+        self.cache_row = K, D = (config.num_key_value_heads, config.head_dim)
+        cache = {f"{PAST}{name}": (None, K, None, D) for name in self.cache_names}
+        check_shapes(self.session, folder / GRAPH, {**cache, "logits": (None, None, self.vocab_size)})
+        self.cache_kind = KINDS[next(value.type for value in self.session.get_inputs() if value.name.startswith(PAST))]
+        overridable = {value.name: value.shape for value in self.session.get_overridable_initializers()}
         self.keeps_last = "logits_to_keep" in overridable
+        self.adapter = read_adapter(folder / ADAPTER, overridable)
 
     def begin(self, prompt: Sequence[int], new: int) -> tuple[OnnxCache, list[int]]:
         """See `Runner`."""
@@ -122,13 +137,14 @@ class OnnxRunner:
 
     def new_cache(self, batch: int = 1, max_length: int | None = None) -> OnnxCache:
         """Empty buffers for `batch` sequences of up to `max_length` positions (default: the model's)."""
-        length, (K, D) = max_length or self.max_length, self.cache_row
-        shape = (batch, K, length, D)  # zeros: the system hands out pages only where a row grows
-        held = (
-            ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), self.device.kind) for _ in self.cache_names
-        )
-        buffers = dict(zip(self.cache_names, held, strict=True))
-        return OnnxCache(self.session, buffers, np.zeros(batch, np.int64))
+        return OnnxCache(self, self.buffers(batch, max_length or self.max_length), np.zeros(batch, np.int64))
+
+    def buffers(self, batch: int, length: int) -> dict[str, Any]:
+        """Zeros, (batch, K, length, D) for each of `cache_names`: the system hands out pages only where a row grows."""
+        K, D = self.cache_row
+        empty = (np.zeros((batch, K, length, D), STORED[self.cache_kind]) for _ in self.cache_names)
+        held = (ort.OrtValue.ortvalue_from_numpy(values, self.device.kind) for values in empty)
+        return dict(zip(self.cache_names, held, strict=True))
 
     def forward(
         self, ids: np.ndarray, cache: OnnxCache | None = None, last_only: bool = True, new: np.ndarray | None = None
@@ -151,28 +167,39 @@ class OnnxRunner:
         check(ids, cache, new, self.vocab_size, self.max_length)
         T = int(new.max())
         ids = np.ascontiguousarray(ids[:, :T], np.int64)
-        if B > 1 and T > 1 and cache.lengths.any():
+        if self._apart(cache, new):
             rows = [self.forward(ids[b : b + 1, : new[b]], cache.rows(b, b + 1), last_only) for b in range(B)]
             width = max(row.shape[1] for row in rows)
             return np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])
         ragged = bool((new < T).any())
         keep = 1 if last_only and not ragged and self.keeps_last else T
-        logits = self._run(ids, cache, cache.lengths + new, keep)
+        logits = self._run(ids, cache, self._where(cache, new), keep)
         cache.lengths += new
         return logits[np.arange(B), new - 1][:, None] if last_only and keep > 1 else logits
 
-    def _run(self, ids: np.ndarray, cache: OnnxCache, totals: np.ndarray, keep: int) -> np.ndarray:
+    def _apart(self, cache: OnnxCache, new: np.ndarray) -> bool:
+        """Whether the rows have to go one by one: see the facts above."""
+        return len(new) > 1 and int(new.max()) > 1 and bool(cache.lengths.any())
+
+    def _where(self, cache: OnnxCache, new: np.ndarray) -> dict[str, np.ndarray]:
+        """What tells the graph where the new tokens stand: (B, S), ones up to the last of each row."""
+        totals = cache.lengths + new
+        return {"attention_mask": np.ascontiguousarray(np.arange(totals.max()) < totals[:, None], np.int64)}
+
+    def _run(self, ids: np.ndarray, cache: OnnxCache, where: Mapping[str, np.ndarray], keep: int) -> np.ndarray:
         """One pass of the session: (B, T) -> (B, keep, V)."""
         B = len(ids)
-        mask = np.ascontiguousarray(np.arange(totals.max()) < totals[:, None], np.int64)  # (B, S)
         logits = np.empty((B, keep, self.vocab_size), np.float32)
         kept = np.array([keep], np.int64)
         binding = cache.binding
-        named = {"input_ids": ids, "attention_mask": mask} | ({"logits_to_keep": kept} if self.keeps_last else {})
+        named = {"input_ids": ids, **where, **({"logits_to_keep": kept} if self.keeps_last else {})}
         for name, value in named.items():
             binding.bind_input(name, "cpu", 0, np.int64, value.shape, value.ctypes.data)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        self.session.run_with_iobinding(binding)
+        try:
+            self.session.run_with_iobinding(binding)
+        except RuntimeError as reason:
+            raise RunError(f"ONNX Runtime can't run it ({reason})", file=self.folder / GRAPH) from reason
         return logits
 
 
@@ -204,13 +231,50 @@ def check(ids: np.ndarray, cache: Held, new: np.ndarray, vocab_size: int, max_le
         raise ValueError(f"{cache.length} + {T} positions do not fit in {room}")
 
 
-def open_session(folder: Path, device: Device) -> ort.InferenceSession:
-    """The session of a folder's graph, on the device that was asked for.
+def check_shapes(session: ort.InferenceSession, graph: Path, wanted: Mapping[str, tuple[int | None, ...]]) -> None:
+    """Holds what a graph says of its inputs and outputs against the config; None is any size.
+
+    Raises:
+        DataError: an input or output that is not there, or is of another shape.
+    """
+    found = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
+    for name, shape in wanted.items():
+        sizes = found.get(name, [])
+        pairs = zip(sizes, shape, strict=False)
+        if len(sizes) != len(shape) or any(want and isinstance(size, int) and size != want for size, want in pairs):
+            said = f"is {sizes}" if sizes else "is not there"
+            asked = ", ".join("any" if want is None else str(want) for want in shape)
+            raise DataError(f"{name} {said}, but config.json asks for ({asked})", file=graph, hint="export it again")
+
+
+def read_adapter(path: Path, takes: Mapping[str, Sequence[int | str]]) -> dict[str, Any]:
+    """The low-rank changes that lie beside a graph, by the inputs that take them; none where there is no such file.
+
+    Raises:
+        DataError: it is no adapter, or not this graph's.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
+    except Exception as reason:  # RuntimeError and others of ONNX Runtime
+        raise DataError(f"is no adapter that ONNX Runtime reads ({reason})", file=path) from reason
+    for name, value in found.items():
+        shape, sizes = takes.get(name, ()), value.shape()
+        if len(shape) != len(sizes) or any(isinstance(a, int) and a != b for a, b in zip(shape, sizes, strict=True)):
+            raise DataError(f"{name} {sizes} has no place in the graph beside it", file=path)
+    return found
+
+
+def open_session(
+    folder: Path, device: Device, graph: bytes | None = None, *, name: str = GRAPH
+) -> ort.InferenceSession:
+    """The session of a folder's graph `name`, on the device that was asked for; `graph` is another over its weights.
 
     Raises:
         DataError, UnavailableError: see `OnnxRunner`.
     """
-    check_external_data(folder / GRAPH)
+    check_external_data(folder / name)
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = device.threads, 1
     options.log_severity_level = ERRORS_ONLY
@@ -222,54 +286,19 @@ def open_session(folder: Path, device: Device) -> ort.InferenceSession:
             ort.preload_dlls()
         providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))  # fp32 means fp32
     try:
-        session = ort.InferenceSession(str(folder / GRAPH), options, providers=providers)
+        if graph is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        session = ort.InferenceSession(graph or str(folder / name), options, providers=providers)
+    except NoKernel as reason:
+        raise UnavailableError(
+            f"ONNX Runtime {ort.__version__} can't run {folder / name} on the {device.kind} ({reason})",
+            hint="bf16 wants a GPU (--device cuda); fp32 and fp16 run anywhere",
+        ) from reason
     except Exception as reason:  # ONNX Runtime's own exceptions derive from nothing more precise
-        raise DataError(f"ONNX Runtime {ort.__version__} can't load it ({reason})", file=folder / GRAPH) from reason
+        raise DataError(f"ONNX Runtime {ort.__version__} can't load it ({reason})", file=folder / name) from reason
     if device.kind == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
         raise UnavailableError(
             f"ONNX Runtime {ort.__version__} gets no CUDA here, only {', '.join(session.get_providers())}",
             hint="llmctl doctor says what is missing; --device cpu runs it here",
         )
     return session
-
-
-def check_external_data(graph: Path) -> None:
-    """Refuses a graph whose weights are not plain files of its own folder (CVE-2026-27489, -34445 to -34447).
-
-    Raises:
-        DataError: no ONNX file, or an external tensor with an absolute path, "..", a link, a hard link, or bytes past
-            the end of its file.
-    """
-    try:
-        model = onnx.load(str(graph), load_external_data=False)
-    except Exception as reason:  # protobuf's and onnx's errors share no base
-        raise DataError(f"is no ONNX model ({reason})", file=graph) from reason
-    nodes = (node for function in model.functions for node in function.node)
-    for tensor in (*_tensors(model.graph.initializer, model.graph.node), *_tensors((), nodes)):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            entry = {"offset": "0", "length": "0"} | {item.key: item.value for item in tensor.external_data}
-            problem = _outside(graph.parent, entry.get("location", ""), entry["offset"], entry["length"])
-            if problem:
-                raise DataError(f"the weights of {tensor.name} {problem}", file=graph, hint="do not use this folder")
-
-
-def _tensors(initializers: Iterable[Any], nodes: Iterable[Any]) -> Iterator[Any]:
-    """Every tensor of a graph: what nodes carry as attributes and what their subgraphs hold included."""
-    yield from initializers
-    for node in nodes:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _tensors(inner.initializer, inner.node)
-
-
-def _outside(folder: Path, location: str, offset: str, length: str) -> str:
-    """What is wrong with a place where weights are said to lie; empty for bytes of a plain file in the folder."""
-    file = folder / location
-    if not location or Path(location).name != location or file.is_symlink() or not file.is_file():
-        return f"lie in {location!r}, which is no file beside the graph"
-    if file.stat().st_nlink > 1:
-        return f"lie in {location}, which has other names (hard links): it may be a file from elsewhere"
-    if not (offset.isdecimal() and length.isdecimal() and int(offset) + int(length) <= file.stat().st_size):
-        return f"lie past the end of {location} (offset {offset}, length {length})"
-    return ""

@@ -22,6 +22,7 @@ from llmctl.model.transformer import Decoder, Encoder, EncoderDecoder
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 Writer = Decoder | LSTM | EncoderDecoder
+GRAPHS = ("model.onnx", "encoder_model.onnx")  # one of them is in the folder of every export to ONNX
 
 
 class Runner(Protocol):
@@ -152,6 +153,11 @@ class TorchRunner:
             self.model.train()
 
 
+def has_graph(folder: Path) -> bool:
+    """Whether a folder holds a model exported to ONNX."""
+    return any((folder / name).is_file() for name in GRAPHS)
+
+
 def load(folder: Path, device: Device, runtime: str = "auto", dtype: str = "fp32") -> Runner:
     """The runner for a folder: ONNX Runtime where it holds an exported graph, else torch, which computes in `dtype`.
 
@@ -161,13 +167,15 @@ def load(folder: Path, device: Device, runtime: str = "auto", dtype: str = "fp32
     """
     if runtime not in ("auto", "onnx", "torch"):
         raise UsageError(f"runtime {runtime!r} is not known", hint="choose auto, onnx or torch")
-    exported = (folder / "model.onnx").is_file()
-    if runtime == "onnx" and not exported:
+    if runtime == "onnx" and not has_graph(folder):
         raise UsageError(f"{folder} holds no model.onnx", hint="llmctl export --onnx makes one")
-    if runtime == "torch" and exported and not (folder / "model.safetensors").is_file():
+    if runtime == "torch" and has_graph(folder) and not (folder / "model.safetensors").is_file():
         raise UsageError(f"{folder} is an ONNX export", hint="name the model it was made from")
-    if exported and runtime != "torch":
-        from llmctl.inference import onnx_recurrent
+    if has_graph(folder) and runtime != "torch":
+        from llmctl.inference import exported
+        from llmctl.inference.onnx_seq2seq import Seq2SeqRunner
 
-        return onnx_recurrent.load(folder, device)
+        if hf.read_config(folder).kind == "encoder-decoder":
+            return Seq2SeqRunner(folder, device)
+        return exported.load(folder, device)
     return TorchRunner(folder, device, dtype)

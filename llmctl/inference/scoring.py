@@ -142,7 +142,7 @@ def of_decoder(model: Causal, autocast: bool = False) -> Surprise:
             hidden = model.hidden(torch.from_numpy(ids).to(device)).flatten(0, 1)  # (B T, C)
             wanted = torch.from_numpy(targets).to(device).flatten()
             parts = [
-                F.cross_entropy(F.linear(part, model.head_weight()).float(), target, reduction="none")
+                F.cross_entropy(model.logits(part), target, reduction="none")
                 for part, target in zip(torch.split(hidden, positions), torch.split(wanted, positions), strict=True)
             ]
         model.train(was_training)

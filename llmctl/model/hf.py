@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmctl.errors import DataError
-from llmctl.model import pooling, storage
+from llmctl.model import compressed, dynamic, pooling, storage
+from llmctl.model.compressed import Packed
 from llmctl.model.config import Config
 from llmctl.model.families import FAMILIES
 from llmctl.model.families import layout as layouts
@@ -132,12 +133,17 @@ def load(folder: Path, dtype: str = "fp32", device: torch.device | str = "cpu", 
     config = read_config(folder)
     model = build(config)
     native, state = model.state_dict(), dict[str, Tensor]()
-    for entry, tensor in fitting(model, folder, mapped=STORED[dtype] if mapped else ""):
+    found = places(model, folder)
+    for entry, tensor in tensors(found, mapped=STORED[dtype] if mapped else ""):
         for name, part in split(entry, tensor, native):
             kept = part.to(device, DTYPES[dtype], copy=len(entry.parts) > 1)
             state[name] = kept if kept.is_contiguous() else kept.contiguous()
     model.load_state_dict({name: state[name] for name in native}, assign=True)
-    return model.to(device).eval()
+    model.to(device)
+    for entry, stored in found.values():
+        if isinstance(stored, Packed) and stored.scheme.dynamic:
+            dynamic.round_inputs(model, entry.parts)
+    return model.eval()
 
 
 def load_causal(folder: Path, dtype: str = "fp32", device: torch.device | str = "cpu") -> Causal:
@@ -183,17 +189,18 @@ def split(entry: Stored, tensor: Tensor, native: Mapping[str, Tensor]) -> Iterat
         start += rows
 
 
-def fitting(model: Model, folder: Path, *, mapped: str = "") -> Iterator[tuple[Stored, Tensor]]:
-    """The tensors of `folder` one by one, after checking by their headers that they are exactly those of `model`.
+def tensors(
+    found: Mapping[str, tuple[Stored, storage.Stored | Packed]], *, mapped: str = ""
+) -> Iterator[tuple[Stored, Tensor]]:
+    """The tensors that `places` found one by one.
 
     They are copies; those that are stored as `mapped` says are views of the file.
     """
-    places = storage.headers(tensor_files(folder))
-    expected = check(model, folder, {name: stored.shape for name, stored in places.items()})
-    family, opened = FAMILIES[model.config.family], dict[Path, Any]()
-    for name, stored in places.items():
-        entry = expected.get(native_spelling(family, name, expected))
-        if entry is None:
+    opened = dict[Path, Any]()
+    for name, (entry, stored) in found.items():
+        if isinstance(stored, Packed):
+            values = compressed.unpack(name, stored, read).values()
+            yield entry, values.t() if entry.transposed else values
             continue
         if stored.dtype != mapped:
             yield entry, read(stored)
@@ -204,6 +211,29 @@ def fitting(model: Model, folder: Path, *, mapped: str = "") -> Iterator[tuple[S
             yield entry, opened[stored.path].get_tensor(name)
         except (SafetensorError, OSError) as reason:
             raise DataError(f"tensor {name} cannot be read ({reason})", file=stored.path) from reason
+
+
+def places(model: Model, folder: Path) -> dict[str, tuple[Stored, storage.Stored | Packed]]:
+    """What each tensor of `folder` is to `model` and where it lies, by its name there, in the order of the file.
+
+    A quantised matrix has the name that its plain weight would have.
+
+    Raises:
+        DataError: as `check`; or as `compressed.found`.
+    """
+    where, family, stored = storage.headers(tensor_files(folder)), FAMILIES[model.config.family], layout(model)
+    packed = {  # in memory's orientation, which is the one it lies in
+        name: each._replace(shape=each.shape[::-1])
+        if (entry := stored.get(native_spelling(family, name, stored))) is not None and entry.transposed
+        else each
+        for name, each in compressed.found(folder, where).items()
+    }
+    inside = {f"{name.removesuffix('.weight')}.{leaf}" for name, each in packed.items() for leaf in each.parts}
+    found: dict[str, storage.Stored | Packed] = {name: each for name, each in where.items() if name not in inside}
+    found |= packed
+    expected = check(model, folder, {name: each.shape for name, each in found.items()})
+    spelled = {name: expected.get(native_spelling(family, name, expected)) for name in found}
+    return {name: (entry, found[name]) for name, entry in spelled.items() if entry is not None}
 
 
 def check(model: Model, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
@@ -323,6 +353,8 @@ def read_config(folder: Path) -> Config:
     generation = folder / "generation_config.json"
     if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
         stated = {**stated, "eos_token_id": eos}
+    if stated.get(compressed.KEY) is not None:
+        compressed.described(stated[compressed.KEY], path)
     config = keys.config_from_json(stated, path)
     if config.task in ("embedding", "causal-lm") and (folder / pooling.POOLING).is_file():
         # Qwen3-Embedding names the class with a language model's head; what stands beside it says what it is for
@@ -344,7 +376,7 @@ def _as_stored(config: Config, folder: Path) -> Config:
         if other is not None and not torch.equal(read(where[head]), read(where[other])):
             config = dataclasses.replace(config, tie_word_embeddings=False)
     if config.kind == "encoder" and config.task == "embedding":
-        pooler = any(name.endswith("pooler.dense.weight") for name in where)
+        pooler = any(name.endswith(("pooler.dense.weight", "pooler.dense.weight_scale")) for name in where)
         config = dataclasses.replace(config, head_transform="pooler" if pooler else "")
     return config
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmctl.model.dynamic import DynamicHead, DynamicLinear
 from llmctl.model.sublayers import MLP, Attention, Block, RMSNorm
 from llmctl.model.transformer import Decoder, EncoderDecoder
 
@@ -56,7 +57,7 @@ def pack(model: nn.Module) -> None:
     costs little more than its call. Other weights stay where they are, views of a mapped file too.
     """
     first = next(model.parameters())
-    if not packable(first):
+    if not packable(first) or any(isinstance(module, DynamicLinear | DynamicHead) for module in model.modules()):
         return
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         for module in list(block.modules()):

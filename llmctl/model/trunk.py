@@ -213,24 +213,30 @@ class Trunk(nn.Module):
         return create_block_mask(sees, each, None, x.shape[1], x.shape[1], device=x.device.type)
 
     def bias(self, past: int, new: int) -> Tensor:
-        """T5's bias by distance, (1, H, T, S): exact for small distances, in logarithmic buckets up to a largest one
-        (Raffel et al. 2020, arXiv:1910.10683, section 2.1; transformers' `_relative_position_bucket`).
-        """
-        c, device = self.config, self.relative_bias.weight.device
+        """T5's bias by distance, (1, H, T, S)."""
+        device = self.relative_bias.weight.device
         distance = torch.arange(past + new, device=device) - torch.arange(past, past + new, device=device)[:, None]
-        buckets, offset = c.relative_attention_num_buckets, torch.zeros_like(distance)
-        if self.causal:
-            distance = -distance.clamp(max=0)
-        else:
-            buckets //= 2
-            offset, distance = (distance > 0) * buckets, distance.abs()
-        exact = buckets // 2
-        far = (distance.clamp(min=1).float() / exact).log() / math.log(c.relative_attention_max_distance / exact)
-        bucket = torch.where(distance < exact, distance, exact + (far * (buckets - exact)).long()).clamp(
-            max=buckets - 1
-        )
-        found: Tensor = self.relative_bias(bucket + offset)
+        bucket = buckets(self.config, distance, causal=self.causal)
+        found: Tensor = self.relative_bias(bucket)
         return found.permute(2, 0, 1)[None].float()
+
+
+def buckets(config: Config, distance: Tensor, *, causal: bool) -> Tensor:
+    """The row of T5's table of biases for each distance of a key from its query, int64.
+
+    Small distances have rows of their own, others share them in logarithmic buckets up to a largest one (Raffel et al.
+    2020, arXiv:1910.10683, section 2.1; transformers' `_relative_position_bucket`). `causal`: all ahead is at 0.
+    """
+    count, offset = config.relative_attention_num_buckets, torch.zeros_like(distance)
+    if causal:
+        distance = -distance.clamp(max=0)
+    else:
+        count //= 2
+        offset, distance = (distance > 0) * count, distance.abs()
+    exact = count // 2
+    far = (distance.clamp(min=1).float() / exact).log() / math.log(config.relative_attention_max_distance / exact)
+    bucket = torch.where(distance < exact, distance, exact + (far * (count - exact)).long())
+    return bucket.clamp(max=count - 1) + offset
 
 
 def _trained(config: Config) -> int:

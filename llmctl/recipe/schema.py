@@ -184,10 +184,53 @@ class EvalSection(Section):
 class ExportSection(Section):
     """The model in the form another runtime takes."""
 
-    formats: Annotated[tuple[Literal["onnx", "hf", "gguf"], ...], OneOrMany()] = Field(
+    formats: Annotated[tuple[Literal["onnx", "hf", "gguf", "tensorrt"], ...], OneOrMany()] = Field(
         ("onnx",),
-        description="onnx: a decoder graph with a KV cache. hf: the clean Hugging Face folder. gguf: one file for "
-        "llama.cpp and what is built on it.",
+        description="onnx: a graph for ONNX Runtime; a decoder's has a KV cache. hf: the clean Hugging Face folder. "
+        "gguf: one file for llama.cpp and what is built on it. tensorrt: an engine for an NVIDIA GPU.",
+    )
+    profile: Literal["ort", "portable"] = Field(
+        "ort",
+        description="Which operators an ONNX graph has. ort: ONNX Runtime's fused ones, the fastest there. portable: "
+        "those of the standard alone (opset 24), for any runtime.",
+    )
+    dtype: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp32", description="What an ONNX graph or a TensorRT engine stores and computes in."
+    )
+    quantize: Literal["", "int4", "int8", "int8-dynamic", "mixed"] = Field(
+        "",
+        description="Smaller weights, for onnx, tensorrt and hf. int4, int8: weights alone, a scale a block. "
+        "int8-dynamic: weights a scale a row, and what they are multiplied with a scale a token: the fastest prefill "
+        "and the fastest batches on a CPU. mixed: 4 or 8 bits, chosen matrix by matrix.",
+    )
+    quantize_method: Literal["auto", "rtn", "k-quant", "gptq", "awq"] = Field(
+        "auto",
+        description="How weights are rounded. rtn: to nearest. k-quant: the scale of a block is searched. gptq: errors "
+        "are made good by later weights (arXiv:2210.17323). awq: channels that matter are scaled up before "
+        "(arXiv:2306.00978).",
+    )
+    block_size: Literal[16, 32, 64, 128] = Field(
+        64, description="Weights of a row that share a scale; smaller ones cost bytes and time, and are more exact."
+    )
+    symmetric: bool | None = Field(
+        None,
+        description="Whether blocks have no zero point; default: true for tensorrt and the portable profile, else "
+        "false.",
+    )
+    target_bits: Annotated[float, Field(ge=4, le=16)] | None = Field(
+        None, description='Size budget of "mixed": bits a weight on average, scales counted.'
+    )
+    max_ppl_increase: Annotated[str, Field(pattern=r"^$|^\d+(\.\d+)?%$")] = Field(
+        "",
+        description='How much perplexity quantising may cost, e.g. "2%": the gate\'s limit, and the budget of "mixed".',
+    )
+    kv_cache: Literal["model", "int8"] = Field(
+        "model", description="What an ONNX decoder keeps keys and values in: the graph's dtype, or int8."
+    )
+    adapter: Literal["merged", "apart"] = Field(
+        "merged",
+        description="LoRA: merged into the weights, or kept apart beside the base model's graph, which takes it or "
+        "not at run time.",
     )
     gguf_type: Literal["f16", "bf16", "f32", "q8_0", "q4_0"] = Field(
         "f16", description="How a GGUF file stores matrices; q8_0 and q4_0 take 8.5 and 4.5 bits a weight."
@@ -197,6 +240,47 @@ class ExportSection(Section):
         description="Text for the perplexity check of the parity gate; default: the lineage's validation split, "
         "else the built-in text.",
     )
+    debug_parity: bool = operational(
+        False, "When the gate fails, look for the node that is to blame; on a graph that passes, for the worst one."
+    )
+
+    @property
+    def variant(self) -> str:
+        """What quantising makes of the model: "" for nothing, else the folder's ending."""
+        budget = self.target_bits is not None or bool(self.max_ppl_increase and not self.quantize)
+        return "mixed" if budget else self.quantize
+
+    @property
+    def is_symmetric(self) -> bool:
+        """`symmetric`, its default filled in."""
+        if self.symmetric is not None:
+            return self.symmetric
+        return self.profile == "portable" or "tensorrt" in self.formats
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ExportSection:
+        if self.target_bits is not None and self.quantize not in ("", "mixed"):
+            raise ValueError(f'[export] target_bits is of quantize = "mixed", not of "{self.quantize}"')
+        if self.quantize == "mixed" and self.target_bits is None and not self.max_ppl_increase:
+            raise ValueError('[export] quantize = "mixed" needs a budget: target_bits = 4.5 or max_ppl_increase = "2%"')
+        if self.variant and "gguf" in self.formats and len(self.formats) == 1:
+            raise ValueError('[export] quantize is of onnx, tensorrt and hf; a GGUF file has gguf_type = "q4_0"')
+        if self.kv_cache == "int8" and (self.profile == "portable" or set(self.formats) != {"onnx"}):
+            raise ValueError(
+                '[export] kv_cache = "int8" is of formats = ["onnx"] with profile = "ort": '
+                "the standard's Attention has no quantised cache"
+            )
+        if "tensorrt" in self.formats and "int8-dynamic" in (self.quantize, self.variant):
+            raise ValueError('[export] TensorRT has no products of integers as these: quantize = "int8" or "int4"')
+        if "tensorrt" in self.formats and self.variant and self.symmetric is False:
+            raise ValueError("[export] TensorRT knows no zero points: leave symmetric = false out")
+        if "tensorrt" in self.formats and self.adapter == "apart":
+            raise ValueError('[export] an engine holds its weights: adapter = "apart" is of formats = ["onnx"]')
+        if self.variant and self.adapter == "apart":
+            raise ValueError('[export] adapter = "apart" goes with weights that are not quantised')
+        if self.variant and self.dtype != "fp32" and "onnx" in self.formats:
+            raise ValueError("[export] a quantised graph computes in fp32: leave dtype or quantize out")
+        return self
 
 
 class ServeSection(Section):
@@ -271,12 +355,12 @@ class Recipe(Section):
             kind = "an encoder" if family in ENCODERS else "an encoder-decoder"
             if self.finetune is not None:
                 raise ValueError(f"[finetune] teaches a decoder to answer; {family} is {kind}: leave the section out")
-            if self.export is not None and "onnx" in self.export.formats:
-                raise ValueError(f'[export] formats: "onnx" is of decoders; {family} is {kind}: formats = ["hf"]')
         if family == "lstm" and self.export is not None and self.export.formats != ("onnx",):
             raise ValueError('[export] formats: no other tool has a class for lstm, so it is exported as "onnx" alone')
         if family == "lstm" and self.finetune is not None and self.finetune.method == "lora":
             raise ValueError('[finetune] method: an lstm has no projections for adapters to change: method = "full"')
+        if family == "lstm" and self.finetune is not None and self.finetune.prune:
+            raise ValueError("[finetune] prune: what is pruned are transformers, and an lstm is none: leave it out")
         return self
 
     def section(self, name: str) -> Any:

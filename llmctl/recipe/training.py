@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from llmctl.recipe.section import OneOrMany, Positive, Section, Sources, Time, operational
 
@@ -155,16 +155,23 @@ class PretrainSection(TrainingSection):
 
 
 class FinetuneSection(TrainingSection):
-    """Chat finetuning: loss on the assistant's tokens only."""
+    """Chat finetuning: loss on the assistant's tokens only. Pruning, distilling, and what heals a pruned model."""
 
     sources: Sources = Field(
-        description="JSONL of `messages`, prompt/completion, Alpaca or ShareGPT shape, or `builtin:python-docstrings`."
+        (),
+        description="JSONL of `messages`, prompt/completion, Alpaca or ShareGPT shape, or `builtin:python-docstrings`. "
+        "Left out only where there is `text`.",
+    )
+    text: Sources = Field(
+        (),
+        description="Plain text to learn from too, every token of it, as [pretrain] does: what heals a pruned base "
+        "model. Sources as in [prep].",
     )
     on_error: Literal["stop", "skip"] = Field(
         "stop", description="A line that can't be used: stop with its file and line, or count and skip it."
     )
     val_percent: Annotated[float, Field(gt=0, lt=50)] = Field(
-        6.0, description="Share of conversations held out, by the same hash as prep's."
+        6.0, description="Share of conversations, and of documents of `text`, held out, by the same hash as prep's."
     )
     max_seq_length: Positive | None = Field(
         None,
@@ -192,9 +199,75 @@ class FinetuneSection(TrainingSection):
         "adamw", description="As in [pretrain]; adamw is the usual choice here."
     )
 
-    @field_validator("sources")
-    @classmethod
-    def _not_empty(cls, value: Sources) -> Sources:
-        if not value:
-            raise ValueError("names no source")
-        return value
+    prune: Literal["", "magnitude", "wanda", "structured"] = Field(
+        "",
+        description="Make the model smaller before it learns; what it learns then heals it. magnitude, wanda: the "
+        "smallest weights of each matrix in the blocks become zero and stay zero, by size alone or by size times what "
+        "they are multiplied with (arXiv:2306.11695). structured: whole layers, heads and MLP channels go, those that "
+        "matter least (arXiv:2407.14679), which leaves a smaller dense model. Not for lstm, nor with lora.",
+    )
+    sparsity: Literal["2:4"] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description='magnitude and wanda: share of the weights that become zero; "2:4": two of each four in a row, '
+        "which some GPUs multiply faster. Default: 0.5.",
+    )
+    prune_layers: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="structured: so many layers go, those that change what passes through them least "
+        "(arXiv:2403.03853).",
+    )
+    prune_heads: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="structured: so many key/value heads go in each layer, and the query heads that share them.",
+    )
+    prune_mlp: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="structured: share of the MLP's channels that go; a multiple of 32 stays."
+    )
+    teacher: str = Field(
+        "",
+        description="Learn the next-token probabilities of this model too (arXiv:1503.02531): a run, an artifact or a "
+        'Hugging Face folder with the same tokenizer, or "base", the model that finetuning starts from. Default: '
+        '"base" where it is pruned, else none.',
+    )
+    distill_weight: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="Share of the loss that the teacher's probabilities have; the labels have the rest. 0: none."
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0,
+        description="Both models' logits are divided by it before they are compared: above 1, rare tokens count more.",
+    )
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether weights become zero and stay it."""
+        return self.prune in ("magnitude", "wanda")
+
+    @property
+    def taught_by(self) -> str:
+        """`teacher`, its default filled in; empty for none."""
+        return (self.teacher or ("base" if self.prune else "")) if self.distill_weight else ""
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> FinetuneSection:
+        if not self.sources and not self.text:
+            raise ValueError('[finetune] names no source: sources = ["chats.jsonl"], or text = ["book.txt"]')
+        return self
+
+    @model_validator(mode="after")
+    def _prunes_something(self) -> FinetuneSection:
+        parts = {key: getattr(self, key) for key in ("prune_layers", "prune_heads", "prune_mlp")}
+        said = next((key for key, value in parts.items() if value), "")
+        if self.prune and self.method == "lora":
+            raise ValueError('[finetune] prune changes the weights that lora freezes: method = "full"')
+        if self.prune == "structured" and not said:
+            raise ValueError(f'[finetune] prune = "structured" needs to know what goes: {" or ".join(parts)}')
+        if said and self.prune != "structured":
+            raise ValueError(f'[finetune] {said} is of prune = "structured"')
+        if self.sparsity is not None and not self.is_sparse:
+            raise ValueError('[finetune] sparsity is of prune = "magnitude" or "wanda"')
+        if self.teacher.startswith("hf:") or self.teacher.endswith(".gguf"):
+            raise ValueError(
+                f"[finetune] teacher is a folder: llmctl import {self.teacher} --as teacher, then "
+                'teacher = "runs/teacher"'
+            )
+        return self

@@ -31,10 +31,8 @@ def _variant(part: Part) -> Html:
     if part.unfinished:
         worst = record(parity, "worst")
         off = say(worst, "value", ": off by {}", figure) + say(worst, "limit", ", allowed {}", figure)
-        told = tag(
-            "p", f"Stopped by its parity gate, nothing was published. {word(worst, 'figure')}{off}.", class_="worse"
-        )
-        return join([title, told, *_parity(parity)])
+        stopped = f"Stopped by its parity gate, nothing was published. {word(worst, 'figure')}{off}."
+        return join([title, tag("p", stopped + _blame(parity), class_="worse"), *_parity(parity)])
     if not parity:
         plain = "A copy of the model's own files; there is no graph to hold against it."
         return join([title, tag("p", plain, class_="lede"), _files(part)])
@@ -42,26 +40,58 @@ def _variant(part: Part) -> Html:
 
 
 def _verdict(parity: Mapping[str, Any]) -> Html:
-    greedy, text = record(parity, "greedy"), record(parity, "text")
+    greedy, text, original = record(parity, "greedy"), record(parity, "text"), record(parity, "original")
     equal, tokens = number(greedy, "equal"), number(greedy, "tokens")
     run = f"{equal:,.0f} of {tokens:,.0f} tokens equal" if equal is not None and tokens is not None else ""
     partings = len(records(greedy.get("partings")))
     ties = f"; {partings} where the model's two best logits are as good as equal" if partings else ""
-    before, after = (say(text, f"{name}_perplexity", "{}", "{:,.4f}".format) for name in ("torch", "onnx"))
-    change = say(text, "change", " ({} %)", lambda value: f"{round(100 * value, 4) + 0.0:+.4f}".replace("-", "−"))
+    perplexity = _change(text, "torch_perplexity", "onnx_perplexity")
     length = say(text, "tokens", " on {} tokens of ") + word(text, "name")
-    agreement = say(text, "top1_agreement", "{}", "{:.2%}".format).replace("%", " %")
+    allowed = record(original, "limits")
     return facts(
         [
             ("verdict", "passed" if parity.get("passed") is True else "not passed"),
             ("largest error", say(parity, "error", "{} of the largest logit", small)),
             ("greedy run", run + ties if run else ""),
-            ("perplexity", f"{before} → {after}{change}{length}" if before and after else ""),
-            ("same best token", agreement),
+            ("perplexity", perplexity + length if perplexity else ""),
+            ("same best token", _percent(text, "top1_agreement")),
+            ("divergence", say(text, "mean_kl", "{} nats a token", small)),
+            (
+                "perplexity, quantised",
+                _change(original, "original_perplexity", "perplexity")
+                + _percent(allowed, "increase", ", up to {} allowed"),
+            ),
+            (
+                "best token of the original",
+                _percent(original, "top1_agreement") + _percent(allowed, "lost", ", {} may be lost"),
+            ),
+            (
+                "divergence from the original",
+                say(original, "mean_kl", "{} nats a token", small) + say(allowed, "kl", ", up to {} allowed", small),
+            ),
             ("held against", word(parity, "reference")),
             ("graph run by", word(parity, "candidate")),
+            ("computes in", word(parity, "dtype")),
         ]
     )
+
+
+def _change(of: Mapping[str, Any], before: str, after: str) -> str:
+    """`12.3456 → 12.3460 (+0.0032 %)`."""
+    both = [say(of, name, "{}", "{:,.4f}".format) for name in (before, after)]
+    change = say(of, "change", " ({} %)", lambda value: f"{round(100 * value, 4) + 0.0:+.4f}".replace("-", "−"))
+    return " → ".join(both) + change if all(both) else ""
+
+
+def _percent(of: Mapping[str, Any], key: str, said: str = "{}") -> str:
+    return say(of, key, said, "{:.2%}".format).replace("%", " %")
+
+
+def _blame(parity: Mapping[str, Any]) -> str:
+    """The node that `bisect.blame` found."""
+    first = record(record(parity, "nodes"), "first")
+    name, op = word(first, "name"), word(first, "op")
+    return f" The first node that differs is {name} ({op}){say(first, 'error', ', by {}', figure)}." if name else ""
 
 
 def _parity(parity: Mapping[str, Any]) -> list[Html]:

@@ -154,7 +154,8 @@ def _figures(part: Part) -> tuple[str, ...]:
         bits = say(metrics, "val_bits_per_byte", "{} bits/byte", "{:.3f}".format)
         return _some(say(metrics, "parameters", "{} parameters"), bits, right)
     if part.stage == "finetune":
-        return _some(say(metrics, "conversations", "{} conversations"), answers)
+        chats = say(metrics, "conversations", "{} conversations") if number(metrics, "conversations") else ""
+        return _some(chats, answers or say(metrics, "val_bits_per_byte", "{} bits/byte", "{:.3f}".format))
     if part.stage == "eval":
         return _some(say(metrics, "val_bits_per_byte", "text {} bits/byte", "{:.2f}".format), right, answers)
     if not part.place.endswith("onnx-ort"):

@@ -7,7 +7,7 @@ import re
 from llmctl import console
 from llmctl.reporting.charts import small
 from llmctl.reporting.markup import Html, join, tag
-from llmctl.reporting.story import PLACES, Part, Story, number, record, say, source_name, word
+from llmctl.reporting.story import PLACES, Part, Story, held_out, number, record, say, source_name, word
 
 
 def head(story: Story) -> Html:
@@ -87,15 +87,16 @@ def _finetuned(part: Part | None) -> str:
     if part is None or not part.manifest:
         return ""
     metrics = part.metrics
-    on = say(metrics, "conversations", " on {} conversations")
-    before, after = number(metrics, "answer_bits_per_byte_before"), number(metrics, "answer_bits_per_byte")
+    on = say(metrics, "conversations", " on {} conversations") if number(metrics, "conversations") else " on text"
+    key, what = held_out(metrics)
+    before, after = number(metrics, f"{key}_before"), number(metrics, key)
     ended = say(metrics, "answers_ended", " and ends {} of its answers by itself", "{:.0%}".format).replace("%", " %")
     if before is None or after is None:
         return f"Finetuned{on}."
     change = f"{abs(after / before - 1):.0%}".replace("%", " %") if before else ""
     fewer = "fewer" if after <= before else "more"
     return (
-        f"Finetuned{on}, it needs {change} {fewer} bits for answers it has not seen "
+        f"Finetuned{on}, it needs {change} {fewer} bits for {what} it has not seen "
         f"({before:.2f} to {after:.2f} a byte){ended}."
     )
 

@@ -232,6 +232,13 @@ def say(found: Mapping[str, Any], key: str, text: str = "{}", shown: Callable[[f
     return text.format(shown(value)) if value is not None else ""
 
 
+def held_out(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    """The key that a finetuning is measured by, and what of: answers, unless it learned from text alone."""
+    key = "answer_bits_per_byte"
+    text = number(metrics, "val_bits_per_byte") is not None and number(metrics, key) is None
+    return ("val_bits_per_byte", "text") if text else (key, "answers")
+
+
 def source_name(spec: str) -> str:
     """A source as people call it."""
     if spec.startswith("hf:"):

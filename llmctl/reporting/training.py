@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmctl import console
 from llmctl.reporting.charts import Level, Line, Point, chart
 from llmctl.reporting.charts import figure as shown
 from llmctl.reporting.markup import Html, compact, data, facts, named, prose, section, tag
-from llmctl.reporting.story import Part, Story, number, say, source_name, word
+from llmctl.reporting.story import Part, Story, held_out, number, records, say, source_name, word
 
 PRETRAIN = (
     "Bits per byte: how many bits the model needs for a byte of text it has never seen, so fewer is better and 8 is no "
@@ -58,13 +58,13 @@ def pretrain(part: Part, story: Story) -> Html:
 def finetune(part: Part) -> Html:
     """The section on finetuning."""
     rows, metrics = list(part.rows("metrics.jsonl")), part.metrics
-    key = "answer_bits_per_byte"
+    key, what = held_out(metrics)
     end = number(metrics, "steps")
     bits = _with_ends(_points(rows, key), number(metrics, f"{key}_before"), metrics, key)
     before = number(metrics, f"{key}_before")
     levels = [Level("before", before)] if before is not None else []
     hero = chart(
-        "Held-out answers", [Line("this model", bits, dots=True)], levels, unit="bits/byte", end=end, written=THREE
+        f"Held-out {what}", [Line("this model", bits, dots=True)], levels, unit="bits/byte", end=end, written=THREE
     )
     loss = chart(
         "Loss", [Line("training", _points(rows, "train_loss"), "train")], unit="nats a token", end=end, written=THREE
@@ -187,17 +187,37 @@ def _finetune_facts(part: Part) -> Html:
     metrics, percent = part.metrics, "{:.0%}".format
     method = part.section("finetune").get("method")
     rank = part.section("finetune").get("lora_r")
+    whose = "" if part.section("finetune").get("text") else " (the assistant's)"
     known: list[tuple[str, str]] = [
         ("sources", named((source_name(name), word(found, "sha256")) for name, found in part.sources.items())),
         (
             "method",
             f"LoRA, rank {rank}" if method == "lora" else "all weights" if method == "full" else str(method or ""),
         ),
-        ("conversations", say(metrics, "conversations")),
-        ("tokens learned from", say(metrics, "supervised_share", "{} (the assistant's)", percent).replace("%", " %")),
+        ("conversations", say(metrics, "conversations") if number(metrics, "conversations") else ""),
+        ("tokens learned from", say(metrics, "supervised_share", f"{{}}{whose}", percent).replace("%", " %")),
         ("answers that end by themselves", say(metrics, "answers_ended", "{}", percent).replace("%", " %")),
+        *_smaller(part),
     ]
     return facts([*known, *_work(part, "finetune")])
+
+
+def _smaller(part: Part) -> list[tuple[str, str]]:
+    """What pruning took and cost: before, pruned, and after learning."""
+    rows, section_ = records(part.metrics.get("compression")), part.section("finetune")
+    shown: dict[str, tuple[str, Callable[[float], str]]] = {
+        "nonzero_parameters": ("parameters that are not zero", console.count),
+        "prefill_tokens_per_second": ("tokens a second, read", "{:,.0f}".format),
+        "decode_tokens_per_second": ("tokens a second, written", "{:,.0f}".format),
+        "val_bits_per_byte": ("bits per byte of held-out text", THREE),
+        "answer_bits_per_byte": ("bits per byte of held-out answers", THREE),
+    }
+    found = [
+        (title, " → ".join(filter(None, (say(row, key, "{}", told) for row in rows))))
+        for key, (title, told) in shown.items()
+    ]
+    teacher = word(section_, "teacher") or ("base" if rows and number(section_, "distill_weight") else "")
+    return [("pruning", word(section_, "prune")), ("teacher", teacher), *found] if rows or teacher else []
 
 
 # ------------------------------------------------------------------------------------------------------------ samples

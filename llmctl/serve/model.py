@@ -55,7 +55,7 @@ class Model:
         """What runs it, for people."""
         if isinstance(self.runner, TorchRunner):
             return f"torch in {self.runner.dtype}"
-        return "torch" if isinstance(self.runner, Embedder) else "ONNX Runtime"
+        return "torch" if type(self.runner) is Embedder else "ONNX Runtime"
 
     def continuation(self, text: str) -> list[int]:
         """The ids of a raw text: a prompt's, behind the one `<s>` that documents begin with, if they do; for an encoder
@@ -131,7 +131,12 @@ def load(
 
 
 def _runner(folder: Path, device: Device, runtime: str, dtype: str) -> Runner | Embedder:
-    whole = (folder / "config.json").is_file() and not (folder / "model.onnx").is_file()
-    if whole and runtime != "onnx" and hf.read_config(folder).task == "embedding":
-        return Embedder(folder, device)
+    if (folder / "config.json").is_file() and hf.read_config(folder).task == "embedding":
+        exported = runners.has_graph(folder)
+        if exported and runtime != "torch":
+            from llmctl.inference.onnx_encoder import OnnxEmbedder
+
+            return OnnxEmbedder(folder, device)
+        if not exported and runtime != "onnx":
+            return Embedder(folder, device)
     return runners.load(folder, device, runtime, device.dtype(dtype)[0])

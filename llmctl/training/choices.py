@@ -67,7 +67,7 @@ def choose(
     """
     launch.check_batch(plan.batch, "the derived global_batch_size")
     ranks = distributed.here(job.device.torch)
-    micro_batch = outlook.micro_batch(job, section, learner.model.config, plan, ranks.size)
+    micro_batch = outlook.micro_batch(job, section, learner.model.config, plan, ranks.size, learner.taught_by)
     with ranks.first_goes():
         return _choose(job, section, learner, plan, micro_batch, tokens)
 

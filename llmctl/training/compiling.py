@@ -24,7 +24,6 @@ import torch
 from llmctl.artifact import digest, write_json
 from llmctl.model.sublayers import Block
 from llmctl.training import distributed
-from llmctl.training.cross_entropy import chunk
 from llmctl.training.loop import Step
 from llmctl.training.objectives import Learner
 
@@ -91,7 +90,7 @@ class Compiling:
         for module in self.learner.modules():
             if isinstance(module, Block):
                 module.compile()
-        self.learner.each = torch.compile(chunk)
+        self.learner.each = torch.compile(self.learner.each)
 
     def _measure(self, seconds: float) -> None:
         """Remembers what compiling cost and brought, beside the code that Inductor cached."""

@@ -19,7 +19,7 @@ from llmctl.training.batch import IGNORED
 
 LOGITS = 1 << 23  # of a chunk: 32 MB in fp32. A smaller chunk adds to the head's gradient more often.
 
-Chunk = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
+Chunk = Callable[..., tuple[Tensor, Tensor]]  # the arguments of `chunk`, then the rows of `beside`
 
 
 def chunk(x: Tensor, weight: Tensor, labels: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,14 @@ def chunk(x: Tensor, weight: Tensor, labels: Tensor, cap: float | None) -> tuple
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, cap: float | None, each: Chunk, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        cap: float | None,
+        each: Chunk,
+        dtype: torch.dtype,
+        *beside: Tensor,
     ) -> Tensor:
         states, head = x.to(dtype), weight.to(dtype)
         chunks = max(1, -(-len(x) * weight.shape[0] // LOGITS))
@@ -55,31 +62,39 @@ class _Fused(torch.autograd.Function):
         of_states = torch.empty_like(states)
         of_head = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(x), rows):
-            part = states[start : start + rows]
-            loss, gradient = each(part, head, labels[start : start + rows], cap)
+            at = slice(start, start + rows)
+            part = states[at]
+            loss, gradient = each(part, head, labels[at], cap, *(tensor[at] for tensor in beside))
             total += loss
-            of_states[start : start + rows] = gradient @ head
+            of_states[at] = gradient @ head
             of_head += gradient.T @ part
         ctx.save_for_backward(of_states, of_head)
-        ctx.dtypes = x.dtype, weight.dtype
+        ctx.dtypes, ctx.beside = (x.dtype, weight.dtype), len(beside)
         return total
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         of_states, of_head = ctx.saved_tensors
         states, head = ctx.dtypes
-        return of_states.to(states) * outer[0].to(states), (of_head * outer[0]).to(head), None, None, None, None
+        rest = (None,) * (4 + ctx.beside)
+        return of_states.to(states) * outer[0].to(states), (of_head * outer[0]).to(head), *rest
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, *, cap: float | None = None, each: Chunk = chunk
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *beside: Tensor,
+    cap: float | None = None,
+    each: Chunk = chunk,
 ) -> Tensor:
     """The summed cross-entropy of `x @ weight.T`: (N, C), (V, C), (N,) -> () in fp32; IGNORED labels count nothing.
 
     The products run in autocast's dtype where it is on. `cap` bounds the logits (Gemma 2). `each` computes a chunk:
-    `chunk`, or what torch.compile made of it.
+    `chunk`, what torch.compile made of it, or another loss, which may read the same rows of `beside`, (N, ...) each,
+    that no gradient goes to.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    found: Tensor = _Fused.apply(x, weight, labels, cap, each, dtype)  # type: ignore[no-untyped-call]
+    found: Tensor = _Fused.apply(x, weight, labels, cap, each, dtype, *beside)  # type: ignore[no-untyped-call]
     return found

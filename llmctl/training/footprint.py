@@ -35,11 +35,14 @@ from llmctl.model import hf, lora, sublayers, trunk
 from llmctl.model.config import Config
 from llmctl.model.transformer import Decoder, Encoder
 from llmctl.training import corruption, distributed, movement, optim
+from llmctl.training.distillation import Distiller
 from llmctl.training.ema import Ema
 from llmctl.training.objectives import Learner
 from llmctl.training.precision import Precision
 
-PARTS = ("weights", "gradients", "optimiser", "average", "activations", "logits", "workspace", "checkpoint")
+PARTS = (
+    "weights", "gradients", "optimiser", "average", "activations", "logits", "workspace", "checkpoint", "teacher",
+)  # fmt: skip
 ROOM = 0.8  # of the memory that is free may be planned with: kernels and the allocator want some too
 M_MMAP_THRESHOLD = -3  # malloc.h
 MASKED = 0.15  # of an encoder's tokens go through its head
@@ -64,6 +67,8 @@ class Training:
     ranks: int = 1
     strategy: Literal["ddp", "fsdp"] = "ddp"
     lora: tuple[int, tuple[str, ...]] | None = None  # rank and target modules of adapters
+    sparse: bool = False  # which weights stay zero is remembered
+    teacher: Config | None = None  # of a student
 
 
 @dataclass(frozen=True)
@@ -143,18 +148,26 @@ def memory(training: Training) -> Memory:
 def _traced(training: Training) -> dict[str, int]:
     """A first step's optimisers, which make their state, then a whole step."""
     model, ledger = hf.build(training.config), Ledger()
+    teacher = hf.build(training.teacher) if training.teacher is not None else None
     precision = Precision(torch.device("cpu"), "fp32" if training.dtype == "fp32" else "bf16")
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu").train()
         if training.lora is not None and isinstance(model, Decoder):
             lora.apply(model, training.lora[0], 1.0, training.lora[1], seed=0)
-        learner = distributed.wrap(Learner(model), distributed.ALONE, checkpointing=training.checkpointing)
+        learner: nn.Module = Learner(model)
+        if isinstance(teacher, hf.Causal) and isinstance(model, hf.Causal):
+            learner = Distiller(model, teacher.to_empty(device="cpu"), 0.5, 1.0)
+            ledger.move((*teacher.parameters(), *teacher.buffers()), "teacher")
+        learner = distributed.wrap(learner, distributed.ALONE, checkpointing=training.checkpointing)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizers = optim.build(model, training.optimizer, 1e-3, dtype=training.dtype)
         average = Ema(model, 0.5 if training.average else 0.0)
         ledger.move((*model.parameters(), *model.buffers()), "weights")
         ledger.move(average.tensors.values(), "average")
         with ledger:
+            if training.sparse:
+                ledger.part = "optimiser"
+                optim.hold_zeros(model, optimizers)
             for p in trained:
                 p.grad = torch.empty_like(p)
             _optimise(ledger, trained, optimizers, average)

@@ -209,7 +209,12 @@ def shifted(labels: Ids, start: int) -> Ids:
 
 
 def loss(
-    model: Model, *tensors: Tensor, documents: Tensor | None = None, at: Tensor | None = None, each: Chunk = chunk
+    model: Model,
+    *tensors: Tensor,
+    documents: Tensor | None = None,
+    at: Tensor | None = None,
+    taught: Tensor | None = None,
+    each: Chunk = chunk,
 ) -> Tensor:
     """Cross-entropy summed over the supervised labels: the inputs of a batch, then its labels -> ().
 
@@ -219,15 +224,17 @@ def loss(
     Args:
         documents: (B, T) of packed sequences: tokens see only those of the same number.
         at: (N,) places in the flattened labels; the others don't count, and their states don't go through the head.
+        taught: (B, T, ...) what `each` reads beside the states, see `distillation`.
     """
     *inputs, labels = tensors
     x, labels = states(model, *inputs, documents=documents).flatten(0, 1), labels.flatten()  # (B T, C), (B T,)
+    beside = [] if taught is None else [taught.flatten(0, 1)]
     if at is not None:
-        x, labels = x.index_select(0, at), labels.index_select(0, at)
+        x, labels, *beside = (tensor.index_select(0, at) for tensor in (x, labels, *beside))
     if isinstance(model, Encoder):  # its head has layers of its own
         return F.cross_entropy(model.logits(x), labels, ignore_index=IGNORED, reduction="sum")
     cap = model.config.final_logit_softcapping
-    return linear_cross_entropy(x, model.head_weight(), labels, cap=cap, each=each)
+    return linear_cross_entropy(x, model.head_weight(), labels, *beside, cap=cap, each=each)
 
 
 def states(model: Model, *inputs: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -253,6 +260,7 @@ class Learner(nn.Module):
         super().__init__()
         self.model = model
         self.each: Chunk = chunk
+        self.taught_by: Config | None = None  # the shape of the model that a student learns from
 
     def forward(self, *tensors: Tensor, **named: Tensor) -> Tensor:
         """See `loss`, and `Batch.tensors` for what is named."""

@@ -84,6 +84,24 @@ def build(
     return made
 
 
+def hold_zeros(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Has every weight of the blocks' matrices that is zero now be zero after each step: a pruned model stays pruned.
+
+    Momentum, weight decay and Muon's orthogonalisation may do what they like. Weights may be sharded.
+    """
+    pruned = {id(p) for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name}
+    for optimizer in optimizers:
+        held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in pruned]
+        masks = [p.detach() != 0 for p in held]
+
+        def mask(*_: object, held: list[nn.Parameter] = held, masks: list[torch.Tensor] = masks) -> None:
+            with torch.no_grad():
+                for weight, kept in zip(held, masks, strict=True):
+                    weight.mul_(kept)
+
+        optimizer.register_step_post_hook(mask)
+
+
 def _filled(*groups: dict[str, Any]) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 

@@ -27,11 +27,20 @@ MFU = {"cuda": 0.4, "cpu": 0.4}
 GEMM = {"fp32": 60e9, "bf16": 190e9, "fp16": 60e9}
 
 
-def training(section: Section, config: Config, made: Plan, dtype: str, gpu: bool, ranks: int = 1) -> Training:
+def training(
+    section: Section,
+    config: Config,
+    made: Plan,
+    dtype: str,
+    gpu: bool,
+    ranks: int = 1,
+    teacher: Config | None = None,
+) -> Training:
     """What decides the memory of a recipe's training step, on each of so many ranks."""
-    adapters = None
-    if isinstance(section, FinetuneSection) and section.method == "lora":
-        adapters = (section.lora_r, section.lora_target_modules)
+    adapters, sparse = None, False
+    if isinstance(section, FinetuneSection):
+        adapters = (section.lora_r, section.lora_target_modules) if section.method == "lora" else None
+        sparse = section.is_sparse
     mine = -(-made.batch // ranks)
     return Training(
         config,
@@ -47,6 +56,8 @@ def training(section: Section, config: Config, made: Plan, dtype: str, gpu: bool
         ranks=ranks,
         strategy=section.strategy,
         lora=adapters,
+        sparse=sparse,
+        teacher=teacher,
     )
 
 
@@ -110,7 +121,9 @@ class Outlook:
         return {"planned_memory_bytes": self.memory.total, "memory_bytes": held, "planned_seconds": self.seconds}
 
 
-def micro_batch(job: Job, section: Section, config: Config, made: Plan, ranks: int = 1) -> int:
+def micro_batch(
+    job: Job, section: Section, config: Config, made: Plan, ranks: int = 1, teacher: Config | None = None
+) -> int:
     """Sequences at a time: as the recipe says, or the most that keep the speed and fit in ROOM of the free memory.
 
     What keeps the speed on a CPU is `planning.MICRO_TOKENS`; a GPU takes all of the batch that it can. Where a CPU's
@@ -122,7 +135,7 @@ def micro_batch(job: Job, section: Section, config: Config, made: Plan, ranks: i
     if on_gpu:
         made = dataclasses.replace(made, micro_batch=mine)
     free = ROOM * device.free_memory(job.device.kind)
-    wanted = training(section, config, made, job.device.dtype(section.dtype)[0], on_gpu, ranks)
+    wanted = training(section, config, made, job.device.dtype(section.dtype)[0], on_gpu, ranks, teacher)
     if not free:
         return wanted.micro_batch
     found = fitting(wanted, mine, free if on_gpu else free / HOLES)
@@ -139,7 +152,15 @@ def micro_batch(job: Job, section: Section, config: Config, made: Plan, ranks: i
 
 
 def begin(
-    job: Job, section: Section, config: Config, made: Plan, size: int, gemm: float, tokens: int, before: int
+    job: Job,
+    section: Section,
+    config: Config,
+    made: Plan,
+    size: int,
+    gemm: float,
+    tokens: int,
+    before: int,
+    teacher: Config | None = None,
 ) -> Outlook:
     """Says what the training will take.
 
@@ -152,11 +173,11 @@ def begin(
     on_gpu = job.device.kind == "cuda"
     dtype, ranks = job.device.dtype(section.dtype)[0], launch.size()
     made = dataclasses.replace(made, micro_batch=size)
-    memory = footprint.memory(training(section, config, made, dtype, on_gpu, ranks))
+    memory = footprint.memory(training(section, config, made, dtype, on_gpu, ranks, teacher))
     speed, why = rate(job.device, dtype, gemm)
     if (budget := job.resolved.get("time_budget")) is not None:
         speed, why = budget["speed"], "the speed that the time budget was planned with"
-    seconds = tokens * watching.flops_per_token(config, made.length) / (speed * ranks)
+    seconds = tokens * watching.flops_per_token(config, made.length, teacher=teacher) / (speed * ranks)
     parts = (f"{part} {console.size(held)}" for part, held in memory.parts.items() if held)
     kept = "" if on_gpu or footprint.returns else f", up to {console.size(HOLES * memory.total)} with what malloc keeps"
     rank = " a rank" if ranks > 1 else ""

@@ -136,7 +136,8 @@ def begin(
         held: of `outlook.memory_now` before the model was built.
     """
     model, ranks = learner.model, distributed.here(job.device.torch)
-    expected = outlook.begin(job, section, model.config, plan, choices.micro_batch, choices.gemm, tokens, held)
+    shapes = (model.config, plan, choices.micro_batch, choices.gemm, tokens, held, learner.taught_by)
+    expected = outlook.begin(job, section, *shapes)
     wrapped = distributed.wrap(
         learner,
         ranks,
@@ -153,6 +154,8 @@ def begin(
         beta2=section.adam_beta2,
         dtype=choices.dtype,
     )
+    if isinstance(section, FinetuneSection) and section.is_sparse:
+        optim.hold_zeros(model, optimizers)
     saver = Saver(job.work, model, optimizers, average.tensors or None, keep=section.keep_last)
     state = resume(job, saver, plan.steps)
     compiling.begin(state.step)

@@ -18,21 +18,22 @@ from llmctl.training.loop import Step
 from llmctl.training.reporters import Reporter
 
 
-def flops_per_token(config: Config, length: int, parameters: int | None = None) -> float:
+def flops_per_token(config: Config, length: int, parameters: int | None = None, teacher: Config | None = None) -> float:
     """Floating-point operations that training does for a token of a sequence of so many: 6 N + 6 L H D T.
 
     6 N: each parameter is multiplied once forward and twice backward, two operations each (Kaplan et al. 2020,
     arXiv:2001.08361, section 2.1; an embedding that is looked up alone counts too, as in the figures of others). Scores
     and their sums of values are 12 L H D T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), of which a causal
     mask needs half; halves are counted whatever the kind. An LSTM has none; of an encoder-decoder, a token passes about
-    half.
+    half. A teacher is only asked: a third of what training it would take.
     """
+    taught = flops_per_token(teacher, length) / 3 if teacher is not None else 0.0
     count = config.parameters if parameters is None else parameters
     if config.kind == "recurrent":
-        return 6.0 * count
+        return 6.0 * count + taught
     share = 0.5 if config.kind == "encoder-decoder" else 1.0
     layers = config.num_hidden_layers + config.num_decoder_layers
-    return 6.0 * share * (count + layers * config.num_attention_heads * config.head_dim * length)
+    return 6.0 * share * (count + layers * config.num_attention_heads * config.head_dim * length) + taught
 
 
 class Watch:

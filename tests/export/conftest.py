@@ -12,6 +12,7 @@ import torch
 from llmctl.artifact import Artifact, Job, Run, Settings
 from llmctl.device import Device
 from llmctl.export import genai, graph, hf
+from llmctl.export.form import Form
 from llmctl.model import hf as models
 from llmctl.model.config import Config
 from llmctl.model.families import FAMILIES
@@ -21,6 +22,7 @@ from llmctl.text import tokenizer as tokenizers
 from llmctl.text.tokenizer import Tokenizer
 
 CPU = Device("cpu", "test", 1, frozenset())
+PLAIN = Form()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,14 +75,14 @@ def saved(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def exported(tmp_path: Path) -> Callable[[Path], Path]:
+def exported(tmp_path: Path) -> Callable[..., Path]:
     """Writes the ONNX folder of a model, without the gate."""
 
-    def export(model: Path) -> Path:
-        folder = tmp_path / f"{model.name}-onnx"
+    def export(model: Path, form: Form = PLAIN) -> Path:
+        folder = tmp_path / f"{model.name}-{form.profile}-{form.dtype}"
         folder.mkdir()
         config = models.read_config(model)
-        graph.write(model, folder, config, {"llmctl.model": "test"})
+        graph.write(model, folder, config, {"llmctl.model": "test"}, form)
         hf.copy_companions(model, folder)
         genai.write(folder, config)
         return folder
@@ -107,9 +109,9 @@ def publish(tmp_path: Path) -> Callable[..., Artifact]:
 def job(tmp_path: Path) -> Callable[..., Job]:
     """The job of an export of `model`."""
 
-    def make(model: Artifact, variant: str = "onnx-ort", text: str = "") -> Job:
+    def make(model: Artifact, variant: str = "onnx-ort", text: str = "", **export: Any) -> Job:
         recipe = Recipe.model_validate(
-            {"name": "test", "export": {"text": text}, "root": tmp_path, "file": tmp_path / "r.toml"}
+            {"name": "test", "export": {"text": text, **export}, "root": tmp_path, "file": tmp_path / "r.toml"}
         )
         return make_job(tmp_path, f"export/{model.place}/{variant}", "export", {"model": model}, recipe)
 

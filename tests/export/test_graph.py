@@ -22,12 +22,13 @@ from transformers import AutoModelForCausalLM
 from llmctl.device import Device
 from llmctl.errors import DataError
 from llmctl.export import builder, graph, parity
-from llmctl.inference.onnx_runner import OnnxRunner
+from llmctl.export.form import Form, Profile
+from llmctl.inference import exported as runners
 from llmctl.model import hf
 from llmctl.model.config import FULL, SLIDING, Config, RopeScaling
 from llmctl.model.transformer import Decoder
 
-SHAPES = {
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, grouped heads, untied": ("llama", {"tie_word_embeddings": False}),
     "llama, one key head, biases": (
         "llama",
@@ -57,6 +58,10 @@ SHAPES |= {
     "stablelm": ("stablelm", {"partial_rotary_factor": 0.5, "num_attention_heads": 6, "head_dim": 8}),
     "gpt2": ("gpt2", {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8}),
     "llama, biased MLP, GELU": ("llama", {"mlp_bias": True, "hidden_act": "gelu"}),
+    "llama, stretched by no more than it was trained for": (
+        "llama",
+        {"rope_scaling": RopeScaling("dynamic", 2.0, original_max_position_embeddings=320)},
+    ),
     "llama with YaRN": ("llama", {"rope_scaling": RopeScaling("yarn", 4.0, original_max_position_embeddings=80)}),
 }
 Shaped = Callable[..., Config]
@@ -145,14 +150,14 @@ def test_switches_that_no_family_here_turns(
     [
         ({"head_dim": 12}, "head_dim = 12"),
         ({"norm_place": "post"}, "norm_place = post"),
-        ({"rope_scaling": RopeScaling("dynamic", 2.0)}, "rope_scaling = dynamic"),
+        ({"rope_scaling": RopeScaling("dynamic", 2.0, original_max_position_embeddings=80)}, "rope_scaling = dynamic"),
         ({"positions": "relative"}, "positions = relative"),
         ({"kind": "encoder", "task": "masked-lm"}, "kind = encoder"),
     ],
     ids=str,
 )
 def test_a_switch_without_a_node_is_named(changes: dict[str, Any], named: str, shaped: Shaped, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"{named}: the ONNX graph has no nodes for that yet"):
+    with pytest.raises(DataError, match=f"{named}: the ort graph has no nodes for that"):
         graph.write(tmp_path, tmp_path, shaped("llama", **changes), {})
     assert not list(tmp_path.iterdir())
 
@@ -199,7 +204,7 @@ def test_weights_lie_aligned_in_one_file_of_the_folder(shaped: Shaped, saved: Sa
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             entry = {item.key: item.value for item in tensor.external_data}
             assert entry["location"] == "model.onnx.data"
-            assert int(entry["offset"]) % 4096 == 0
+            assert int(entry["offset"]) % (4096 if int(entry["length"]) >= 1 << 16 else 64) == 0
             assert int(entry["offset"]) >= ends
             ends = int(entry["offset"]) + int(entry["length"])
     assert (folder / "model.onnx.data").stat().st_size == ends
@@ -250,16 +255,18 @@ def test_weights_that_do_not_fit_are_named(
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc/self/statm")
-def test_memory_does_not_grow_with_the_model(tmp_path: Path, shaped: Shaped) -> None:
-    """The peak of a process that writes 100 MB of weights rises by less than a quarter of them."""
+@pytest.mark.parametrize("profile", ["ort", "portable"])
+def test_memory_does_not_grow_with_the_model(profile: str, tmp_path: Path, shaped: Shaped) -> None:
+    """The peak of a process that writes 100 MB of weights rises by less than half of them, in seconds."""
     config = shaped("llama", vocab_size=16_000, hidden_size=512, intermediate_size=2048, num_hidden_layers=5)
     (tmp_path / "model").mkdir()
     hf.save(Decoder.random(config, 0), tmp_path, tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").stat().st_size > 90e6
     program = """
-        import os, sys, threading
+        import os, sys, threading, time
         from pathlib import Path
         from llmctl.export import graph
+        from llmctl.export.form import Form
         from llmctl.model import hf
 
         def resident():
@@ -269,34 +276,42 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, shaped: Shaped) -> 
         config, done, seen = hf.read_config(model), threading.Event(), [resident()]
         watch = threading.Thread(target=lambda: [seen.append(resident()) for _ in iter(lambda: done.wait(0.001), True)])
         watch.start()
-        graph.write(model, folder, config, {})
+        started = time.monotonic()
+        graph.write(model, folder, config, {}, Form(sys.argv[3]))
+        seconds = time.monotonic() - started
         done.set()
         watch.join()
-        print(len(seen), max(seen) - seen[0])
+        print(len(seen), max(seen) - seen[0], round(1000 * seconds))
     """
     folder = tmp_path / "onnx"
     folder.mkdir()
-    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "model"), str(folder)]
-    shots, grown = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "model"), str(folder), profile]
+    shots, grown, milliseconds = map(
+        int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    )
     assert shots > 10
     assert (folder / builder.WEIGHTS).stat().st_size > 90e6
-    assert grown < 25e6  # measured 15 MB for 97 MB, in a buffer of 4 and imports
+    assert (
+        grown < 50e6
+    )  # measured 15 and 30 MB for 97 MB, in a buffer of 4 and pages of the file; the figure is 1.3 x 97
+    assert milliseconds < 2_700  # the figure: 15 s for 540 MB; measured 0.2 to 0.4
 
 
-def test_trained_weights_tell_the_known_story(shared_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("profile", ["ort", "portable"])
+def test_trained_weights_tell_the_known_story(profile: Profile, shared_data: Path, tmp_path: Path) -> None:
     """stories260K: 256 greedy tokens from the beginning equal those of llama2.c, and the gate passes on real text."""
     model = shared_data / "models" / "stories260K"
     if not model.is_dir():
         pytest.skip(f"needs {model}")
     golden = np.array(json.loads((model / "golden.json").read_text())["greedy_from_bos_256"])
     config = hf.read_config(model / "hf")
-    graph.write(model / "hf", tmp_path, config, {})
+    graph.write(model / "hf", tmp_path, config, {}, Form(profile))
     shutil.copyfile(model / "hf" / "config.json", tmp_path / "config.json")
-    runner = OnnxRunner(tmp_path, Device("cpu", "test", 1, frozenset()))
+    runner: Any = runners.load(tmp_path, Device("cpu", "test", 1, frozenset()))
     cache, found = runner.new_cache(), golden[:1].tolist()
     for _ in golden[1:]:
         found.append(int(runner.forward(np.array([found[-1:]]), cache)[0, -1].argmax()))
     assert found == golden.tolist()
-    report = parity.measure(hf.load(model / "hf"), runner, golden, "a story")
+    report = parity.measure(hf.load_causal(model / "hf"), runner, golden, "a story")
     assert report["passed"]
     assert report["text"]["torch_perplexity"] < 2  # its own greedy words

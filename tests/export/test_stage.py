@@ -16,7 +16,7 @@ import torch
 
 from llmctl.artifact import Artifact, Job
 from llmctl.errors import DataError, GateError, RunError
-from llmctl.export import builder, graph, hf, stage
+from llmctl.export import builder, hf, stage, sublayers, texts
 from llmctl.export.builder import Graph
 from llmctl.inference.onnx_runner import OnnxRunner
 from llmctl.model import rotary
@@ -100,41 +100,43 @@ def test_the_text_is_the_one_asked_for_or_a_built_in_one(
     model: Artifact, data: Artifact, job: MakeJob, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     (tmp_path / "mine.txt").write_text("ab" * 30)
-    tokens, name = stage.gate_text(job(model, text="mine.txt"), model, tokenizer)
+    tokens, name = texts.gate_text(job(model, text="mine.txt"), model, tokenizer)
     assert (len(tokens), name) == (62, "mine.txt")  # <s>, 60 characters, </s>
 
     shutil.rmtree(data.path)  # as when runs/ was copied without it
-    tokens, name = stage.gate_text(job(model), model, tokenizer)
+    tokens, name = texts.gate_text(job(model), model, tokenizer)
     assert name == "builtin:python-stdlib"
-    assert len(tokens) == stage.ENOUGH
+    assert len(tokens) == texts.ENOUGH
     assert tokens[0] == tokenizer.bos_id
 
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DataError, match=r"empty\.txt"):
-        stage.gate_text(job(model, text="empty.txt"), model, tokenizer)
+        texts.gate_text(job(model, text="empty.txt"), model, tokenizer)
 
 
 def test_data_that_was_made_anew_is_not_the_lineage(model: Artifact, data: Artifact, publish: Publish) -> None:
-    assert stage.training_data(model) == data
+    assert texts.training_data(model) == data
     publish("prep", "tokens", lambda folder: (folder / "other").write_text("other"))
-    assert stage.training_data(model) is None
+    assert texts.training_data(model) is None
 
 
 def test_a_wrong_graph_is_not_published(model: Artifact, job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     before = stage.export(job(model))
 
-    def wrong(g: Graph, name: str, *, local: bool) -> tuple[str, str]:
+    def wrong(g: Graph, name: str, dtype: str = "", *, local: bool) -> tuple[str, str]:
         config = replace(g.config, rope_theta=1.2 * g.config.rope_theta)  # a little off: fluent, and wrong
         cos, sin = rotary.table(config, config.max_position_embeddings, local=local)
         return g.table(f"{name}.cos", cos.numpy()), g.table(f"{name}.sin", sin.numpy())
 
-    monkeypatch.setattr(graph, "rotation", wrong)
+    monkeypatch.setattr(sublayers, "rotation", wrong)
     failing = job(model)
     with pytest.raises(GateError, match="the exported graph is not the model") as caught:
         stage.export(failing)
+    assert "the first node that is: model.layers.0.self_attn.attended (GroupQueryAttention)" in caught.value.message
     kept = failing.work / "parity.json"
     assert str(kept) in caught.value.hint
     assert not json.loads(kept.read_text())["passed"]
+    assert "rotary.cos" in json.loads(kept.read_text())["nodes"]["first"]["reads"]
     assert Artifact.open(before.path).identity == before.identity  # the last good one is whole
     before.verify()
     assert [path.name for path in before.path.parent.iterdir()] == ["onnx-ort"]

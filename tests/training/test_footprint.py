@@ -65,6 +65,21 @@ def test_there_is_never_a_whole_tensor_of_logits() -> None:
     assert held < 64 * 64 * 50_000 * 4 / 2
 
 
+def test_a_teacher_and_what_stays_zero_are_counted() -> None:
+    """The teacher's weights, its states for the chunks, and a byte a weight of the blocks' matrices."""
+    config, teacher = shape(), shape(depth=3)
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in footprint.hf.build(teacher).buffers())
+    taught, alone = parts(teacher=teacher), parts()
+    assert taught["teacher"] == 4 * teacher.parameters + buffers
+    assert taught["weights"] == alone["weights"]
+    more = footprint.memory(of(teacher=teacher)).total - footprint.memory(of()).total - taught["teacher"]
+    assert 0 < more < 2 * 16 * 64 * (teacher.hidden_size + 3 * config.vocab_size) * 4
+    matrices = sum(
+        p.numel() for name, p in footprint.hf.build(config).named_parameters() if ".layers." in name and p.dim() == 2
+    )
+    assert parts(sparse=True)["optimiser"] == alone["optimiser"] + matrices
+
+
 def test_fsdp_cuts_up_what_stays() -> None:
     alone, four = parts(), parts(ranks=4, strategy="fsdp")
     assert four["weights"] == -(-alone["weights"] // 4)

@@ -86,7 +86,7 @@ def _like_llama(
         _decoders(prefix),
         fields={**LLAMA_FIELDS, **(fields or {})},
         heads=DECODER_HEADS,
-        built={"quantization_config": (None,), **(built or {})},
+        built=built or {},
         aside=(r".*\.rotary_emb\.inv_freq",),
         **rest,
     )

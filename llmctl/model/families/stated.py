@@ -147,6 +147,7 @@ def generation_to_json(config: Config) -> Stated:
 
 VOLATILE = {"architectures", "model_type", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"}
 VOLATILE |= {"transformers_version", "_name_or_path", "problem_type", "dropout", "decoder_start_token_id"}
+VOLATILE |= {"quantization_config"}  # of the folder's weights; in memory they are plain
 
 
 def config_from_json(stated: Stated, file: Path) -> Config:
