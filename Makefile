@@ -16,7 +16,7 @@ demo: $(VENV)/.base  ## Train, export and serve a small model on text every mach
 	PATH="$(CURDIR)/$(BIN):$$PATH" docs/demo/demo.sh $(DATA)
 
 test: $(VENV)/.dev   ## Every module, and the tiny recipe's whole chain
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-all: $(VENV)/.dev  ## The slow ones: kill loops, every recipe, third-party clients
 	$(BIN)/pytest -m slow

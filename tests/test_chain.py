@@ -178,10 +178,10 @@ def test_how_a_call_runs_makes_nothing_stale(finished: Project, old: str, new: s
 def test_a_new_version_of_the_data_makes_it_stale(finished: Project) -> None:
     newer = (
         "import dataclasses; from llmctl import chain; "
-        "chain.STAGES['export'] = dataclasses.replace(chain.STAGES['export'], version=2)"
+        "chain.STAGES['export'] = dataclasses.replace(chain.STAGES['export'], version=99)"
     )
     done = finished.llmctl("status", "t.toml", "--json", before=newer)
-    assert done.json["stages"][EXPORT]["reasons"] == ["llmctl writes other export now (version 1 -> 2)"]
+    assert done.json["stages"][EXPORT]["reasons"] == ["llmctl writes other export now (version 2 -> 99)"]
 
 
 # ------------------------------------------------------------------------------------------------------- unverifiable

@@ -38,8 +38,7 @@ MOVERS = {"Reshape", "Transpose", "Cast", "Identity", "Squeeze", "Unsqueeze"}
 # that reads them ("<").
 JOINED: dict[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
-    "gate_up": ("gate_proj", "up_proj"),
-    **{part: (f"{part}_proj",) for part in ("q", "k", "v", "gate", "up")},
+    **{part: (f"{part}_proj",) for part in "qkv"},
     "attended": ("<o_proj", "<post_attention_layernorm"),
     "inner": ("<down_proj",),
 }

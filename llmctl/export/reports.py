@@ -36,7 +36,7 @@ def summary(report: dict[str, Any]) -> str:
     if read := report.get("original") or report.get("text"):
         parts.append(f"perplexity {round(100 * read['change'], 2) + 0.0:+.2f} %")
     if read := report.get("original"):
-        parts.append(f"{100 * read['top1_agreement']:.1f} % of best tokens, {read['mean_kl']:.2g} nats from the model")
+        parts.append(f"{100 * read['top1_agreement']:.1f} % of best tokens")
     return " · ".join(parts)
 
 

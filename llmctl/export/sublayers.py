@@ -70,9 +70,10 @@ def mlp(g: Graph, layer: str, x: str) -> str:
     """down(act(gate(x)) * up(x)), or down(act(up(x))) where nothing gates; (B, T, C) -> (B, T, C)."""
     c, name = g.config, f"{layer}.mlp"
     if c.gated:
-        both = g.linear(x, name, ("gate_proj", "up_proj"), bias=c.mlp_bias, out=f"{name}.gate_up")
-        g.op("Split", both, out=[f"{name}.gate", f"{name}.up"], axis=-1, num_outputs=2)
-        inner = g.op("Mul", activation(g, c.hidden_act, f"{name}.gate", name), f"{name}.up", out=f"{name}.inner")
+        gate, up = (  # apart: splitting a joint product costs as much as the second one's call
+            g.linear(x, name, (part,), bias=c.mlp_bias, out=f"{name}.{part}") for part in ("gate_proj", "up_proj")
+        )
+        inner = g.op("Mul", activation(g, c.hidden_act, gate, name), up, out=f"{name}.inner")
     else:
         up = g.linear(x, name, ("up_proj",), bias=c.mlp_bias, out=f"{name}.up_proj")
         inner = activation(g, c.hidden_act, up, name)

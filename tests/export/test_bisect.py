@@ -84,7 +84,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any], Damage, str]] = {
     "the gate": (
         "llama",
         {},
-        sabotage.renamed("model.layers.0.mlp.gate", "model.layers.0.mlp.up"),
+        sabotage.renamed("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"),
         "model.layers.0.mlp.inner",
     ),
     "the cache": (
@@ -150,7 +150,7 @@ def test_what_cannot_be_compared_is_suspected_too(shaped: Shaped, saved: Saved, 
     """The sigmoid's value is no module's: the product behind it is the first that is off."""
     model = saved(shaped("llama"))
     folder = exported(model)
-    sabotage.renamed("model.layers.0.mlp.gate", "model.layers.0.mlp.up")(folder)
+    sabotage.renamed("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")(folder)
     first = judged(model, folder)["nodes"]["first"]
     assert first["op"] == "Mul"
     assert first["suspects"] == [f"model.layers.0.mlp.{name}" for name in ("inner", "activated", "sigmoid")]

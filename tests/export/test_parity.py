@@ -71,7 +71,7 @@ def test_perplexity_is_that_of_torch(shaped: Shaped, saved: Saved, exported: Exp
         sabotage.scaled("model.norm.weight", 1.001),
         sabotage.scaled("rotary.sin", -1.0),
         sabotage.put("rotary.cos", slice(300, None), 1.0),  # beyond every prompt: only long text meets it
-        sabotage.renamed("model.layers.0.mlp.gate", "model.layers.0.mlp.up"),
+        sabotage.renamed("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"),
         sabotage.renamed("past_key_values.1.key", "past_key_values.0.key"),
     ],
     ids=["a weight", "a norm", "the rotation", "far positions", "the gate", "the cache"],

@@ -78,4 +78,4 @@ def test_any_plan_can_be_carried_out(
         assert plan.batch <= sequences
     if plan.steps:
         assert 0 < plan.rate(0) <= 1
-        assert 0 < plan.rate(plan.steps - 1) <= 1
+        assert 0 <= plan.rate(plan.steps - 1) <= 1  # 0 to the last bit behind some 10^8 steps
