@@ -41,6 +41,31 @@ def test_a_section_that_is_absent_is_a_stage_that_is_absent() -> None:
     assert both == ["import", "export/import/onnx-ort", "export/import/hf"]
 
 
+@pytest.mark.parametrize(
+    ("export", "places"),
+    [
+        ({"quantize": "int4"}, ["hf-int4", "onnx-ort-int4"]),
+        ({"quantize": "int4", "formats": ["hf"]}, ["hf-int4"]),
+        ({"quantize": "int4", "formats": ["onnx", "hf", "gguf"]}, ["hf-int4", "onnx-ort-int4", "gguf-f16"]),
+        ({"quantize": "int8", "profile": "portable"}, ["hf-int8-symmetric", "onnx-portable-int8"]),
+        ({"quantize": "int8-dynamic", "profile": "portable"}, ["hf-int8-dynamic", "onnx-portable-int8-dynamic"]),
+        ({"target_bits": 5.0}, ["hf-mixed", "onnx-ort-mixed"]),
+        ({"max_ppl_increase": "2%"}, ["hf-mixed", "onnx-ort-mixed"]),
+        ({"quantize": "int4", "max_ppl_increase": "2%"}, ["hf-int4", "onnx-ort-int4"]),
+        ({"dtype": "fp16"}, ["onnx-ort-fp16"]),
+        ({"dtype": "fp16", "formats": ["tensorrt"]}, ["tensorrt-fp16"]),
+    ],
+)
+def test_what_is_quantised_is_made_of_a_quantised_model(export: dict[str, object], places: list[str]) -> None:
+    made = Recipe.model_validate({"name": "x", "model": {"from": "m"}, "export": export})
+    found = {step.place.rpartition("/")[2]: step for step in chain.export_steps(made, "import")}
+    assert list(found) == places
+    for name, step in found.items():
+        assert step.inputs["model"] == "import"
+        quantised = places[0].startswith("hf-") and name[:2] not in ("hf", "gg")
+        assert step.inputs.get("quantized") == (f"export/import/{places[0]}" if quantised else None)
+
+
 def test_a_finetune_without_a_model_is_refused() -> None:
     with pytest.raises(RecipeError, match="no model to start from"):
         steps(finetune={"sources": ["b"]})

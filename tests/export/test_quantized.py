@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from llmctl.model import quant
 from llmctl.model.config import Config
 from llmctl.model.quant import Scheme
 from tests.export.conftest import CPU
+from tests.project import Project
 
 SCHEMES = {
     "int4": Scheme(4, 16, False),
@@ -178,3 +180,43 @@ def test_rows_of_a_batch_do_not_change_each_other(
     whole = runner.forward(ids, last_only=False)
     for row in range(3):
         assert np.array_equal(runner.forward(ids[row : row + 1], last_only=False)[0], whole[row])
+
+
+def test_from_the_command_line(finished: Project) -> None:
+    """Quantised once, then exported, scored and found up to date; another block size is another model."""
+    done = finished.llmctl("export", "--onnx", "--quantize", "int8", "--json")
+    assert done.code == 0, done.err
+    folder = finished.run / "export" / "finetune"
+    assert {path.name for path in folder.iterdir()} >= {"hf-int8", "onnx-ort-int8"}
+    parity = json.loads((folder / "onnx-ort-int8" / "parity.json").read_text())
+    assert parity["original"]["change"] < 0.005
+    plain = json.loads((folder / "onnx-ort" / "artifact.json").read_text())["metrics"]["bytes"]
+    assert done.json["metrics"]["bytes"] < 0.4 * plain
+
+    scores = {}
+    for name in ("hf-int8", "onnx-ort-int8"):
+        scored = finished.llmctl("eval", str(folder / name), "--json")
+        assert scored.code == 0, scored.err
+        scores[name] = scored.json["metrics"]["val_loss"]
+    assert scores["hf-int8"] == pytest.approx(scores["onnx-ort-int8"], rel=2e-3)
+
+    again = finished.llmctl("export", "--onnx", "--quantize", "int8", "--dry-run")
+    assert again.out.count("would be kept") == 2
+    other = finished.llmctl("export", "--onnx", "--quantize", "int8", "--set", "export.block_size=32", "--dry-run")
+    assert other.out.count("would be made") == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--quantize", "int3"), "'int3'"),
+        (("--quantize", "int8", "--target-bits", "5"), 'target_bits is of quantize = "mixed"'),
+        (("--quantize", "mixed"), "needs a budget"),
+        (("--quantize", "int4", "--dtype", "fp16"), "computes in fp32"),
+        (("--max-ppl-increase", "2"), "max_ppl_increase"),
+    ],
+)
+def test_what_does_not_go_together(flags: tuple[str, ...], said: str, finished: Project) -> None:
+    done = finished.llmctl("export", "--onnx", *flags, "--json")
+    assert done.code == 2
+    assert said in done.json["error"]["message"]
