@@ -14,7 +14,7 @@ import torch
 from llmctl import console
 from llmctl.artifact import Artifact, Job
 from llmctl.errors import UsageError
-from llmctl.export import hf, parity, reports
+from llmctl.export import hf, parity, reports, tolerance
 from llmctl.export.quantizing import mixed
 from llmctl.export.quantizing.methods import CALIBRATED, rounded
 from llmctl.export.texts import calibration_text, gate_text
@@ -87,6 +87,11 @@ def quantize(job: Job) -> Artifact:
         f"{console.size(size)} · {told['bits_per_weight']:.2f} bits a weight · {method} · {reports.summary(report)}"
     )
     console.stage("export", f"hf-{section.variant} {figures}", console.duration(time.monotonic() - started))
+    if (cost := artifact.metrics["perplexity_change"]) > tolerance.NOTABLE and not section.max_ppl_increase:
+        console.warn(
+            f"quantising costs {100 * cost:.0f} % of perplexity; what keeps more: --max-ppl-increase 5% (mixed bits), "
+            "--quantize int8, or --set export.block_size=32"
+        )
     return artifact
 
 

@@ -285,9 +285,9 @@ def test_a_model_that_quantising_ruined_is_not_the_original(
 def test_what_quantising_may_cost() -> None:
     stated = {"quantize": "int4", "max_ppl_increase": "2.5%"}
     assert parity.allowed_increase(ExportSection.model_validate(stated)) == 0.025
-    for variant, allowed in (("int4", 0.05), ("int8", 0.005), ("int8-dynamic", 0.005)):
+    for variant, allowed in (("int4", 0.25), ("int8", 0.005), ("int8-dynamic", 0.05)):
         assert parity.allowed_increase(ExportSection.model_validate({"quantize": variant})) == allowed
-    assert parity.allowed_increase(ExportSection.model_validate({"target_bits": 4.5})) == 0.05
+    assert parity.allowed_increase(ExportSection.model_validate({"target_bits": 4.5})) == 0.25
     increase, kl, lost = tolerance.quality(0.05)
     assert (increase, round(kl, 3), round(lost, 2)) == (0.05, 0.195, 0.62)
 
