@@ -83,27 +83,32 @@ def blocked(matrix: Quantized) -> Quantized:
     return Quantized(scheme, matrix.codes, matrix.scales.repeat(1, matrix.codes.shape[1] // block), None)
 
 
+def rounded(g: Graph, x: str, K: int) -> tuple[str, str]:
+    """x (B, T, K) as uint8 around MIDDLE and the step of each token, (B, T, 1): once, however many products read it."""
+    codes, step = f"{x}.rounded", f"{x}.step"
+    if any(node.output[0] == codes for node in reversed(g.nodes)):
+        return codes, step
+    last, least = g.constant("last_axis", [-1]), g.scalar("least_scale", 1e-20)
+    most = g.op("ReduceMax", g.op("Abs", x, out=f"{x}.magnitudes"), last, out=f"{x}.most")  # (B, T, 1)
+    g.op("Max", g.op("Mul", most, g.scalar("per_step", 1 / 127), out=f"{x}.most_scaled"), least, out=step)
+    shape = g.op("Shape", step, out=f"{x}.tokens")
+    middles = g.op("Expand", g.constant("middle", MIDDLE, np.uint8), shape, out=f"{x}.middles")
+    return g.op("QuantizeLinear", x, step, middles, out=codes, axis=2, block_size=K), step
+
+
 def dynamic(g: Graph, x: str, matrix: Quantized, name: str, *, out: str) -> str:
     """A product of integers: x a scale a token, the matrix a scale a row."""
     N, K = matrix.codes.shape
-    last, least = g.constant("last_axis", [-1]), g.scalar("least_scale", 1e-20)
-    most = g.op("ReduceMax", g.op("Abs", x, out=f"{out}.magnitudes"), last, out=f"{out}.most")  # (B, T, 1)
-    step = g.op("Mul", most, g.scalar("per_step", 1 / 127), out=f"{out}.most_scaled")
-    step = g.op("Max", step, least, out=f"{out}.step")
+    given, step = rounded(g, x, K)
     middle = g.constant("middle", MIDDLE, np.uint8)
-    shape = g.op("Shape", step, out=f"{out}.tokens")
-    rounded = g.op(
-        "QuantizeLinear", x, step, g.op("Expand", middle, shape, out=f"{out}.middles"),
-        out=f"{out}.rounded", axis=2, block_size=K,
-    )  # fmt: skip
     codes = (matrix.codes ^ MIDDLE).view(torch.int8).t().contiguous()  # (K, N)
     stored = g.store(name, (K, N), [codes.numpy().tobytes()], "int8")
     factors = g.table(f"{name}.scales", matrix.scales.flatten().numpy())
     if g.form.profile == "ort":
         one = g.scalar("one_scale", 1.0)
-        y = g.op("MatMulIntegerToFloat", rounded, stored, one, factors, middle, out=f"{out}.product", domain=CONTRIB)
+        y = g.op("MatMulIntegerToFloat", given, stored, one, factors, middle, out=f"{out}.product", domain=CONTRIB)
     else:
-        whole = g.op("MatMulInteger", rounded, stored, middle, out=f"{out}.integers")
+        whole = g.op("MatMulInteger", given, stored, middle, out=f"{out}.integers")
         y = g.op("Mul", g.op("Cast", whole, out=f"{out}.sums", to=g.form.type), factors, out=f"{out}.product")
     return g.op("Mul", y, step, out=out)
 

@@ -220,3 +220,15 @@ def test_what_does_not_go_together(flags: tuple[str, ...], said: str, finished: 
     done = finished.llmctl("export", "--onnx", *flags, "--json")
     assert done.code == 2
     assert said in done.json["error"]["message"]
+
+
+def test_what_two_products_read_is_rounded_once(
+    shaped: Callable[..., Config],
+    saved: Callable[..., Path],
+    quantised: Callable[..., Path],
+    exported: Callable[..., Path],
+) -> None:
+    written = exported(quantised(saved(shaped("llama")), SCHEMES["dynamic"]))
+    kinds = [node.op_type for node in onnx.load(str(written / "model.onnx"), load_external_data=False).graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == 2 * 5  # a layer: q, k and v; o; gate; up; down
+    assert kinds.count("QuantizeLinear") == 2 * 4
