@@ -318,13 +318,23 @@ def on_text(reference: Causal, candidate: Reader, tokens: np.ndarray, text: str)
         largest = max(largest, float(np.abs(expected).max()))
         sums += beside(expected, found, part[1:])
         count += len(part) - 1
+    return told(sums, count, difference, largest, text) | {"worst": worst}
+
+
+def told(sums: np.ndarray, count: int, difference: float, largest: float, text: str) -> dict[str, Any]:
+    """What a report says of a text.
+
+    Args:
+        sums: of `beside`, over `count` tokens.
+        difference: the largest of two logits.
+        largest: the largest logit of the reference.
+    """
     means = [float(mean) for mean in sums / count]
     with np.errstate(over="ignore"):
         torch_perplexity, onnx_perplexity = (float(value) for value in np.exp(means[:2]))
     return {
         "name": text,
         "tokens": count,
-        "worst": worst,
         "torch_perplexity": torch_perplexity,
         "onnx_perplexity": onnx_perplexity,
         "change": onnx_perplexity / torch_perplexity - 1,

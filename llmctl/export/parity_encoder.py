@@ -203,19 +203,7 @@ def told(pairs: Pairs, text: str) -> dict[str, Any]:
         count += len(right)
         differences.append(float(np.abs(found - expected).max()))
         largest = max(largest, float(np.abs(expected).max()))
-    means = [float(mean) for mean in sums / count]
-    with np.errstate(over="ignore"):
-        torch_perplexity, onnx_perplexity = (float(value) for value in np.exp(means[:2]))
-    return {
-        "name": text,
-        "tokens": count,
-        "torch_perplexity": torch_perplexity,
-        "onnx_perplexity": onnx_perplexity,
-        "change": onnx_perplexity / torch_perplexity - 1,
-        "mean_kl": means[2],
-        "top1_agreement": means[3],
-        **parity.shares(float(np.max(differences)), [np.array(largest)]),
-    }
+    return parity.told(sums, count, float(np.max(differences)), largest, text)
 
 
 def natural_error(
